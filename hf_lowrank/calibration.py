@@ -1,0 +1,30 @@
+"""The samples that statistics are measured on: a seeded choice of a task's training rows, in batches."""
+
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.tasks import Task, collator, encode, load_split
+
+
+def calibration_loader(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None = None,
+    samples: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> DataLoader:
+    """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
+
+    Longest first: batches need little padding, memory is highest at once, and the time left is never underestimated.
+
+    Raises:
+        LowRankError: the data cannot be read or lack what the task needs.
+    """
+    rows = load_split(task, "train", data_dir).shuffle(seed=seed)
+    chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
+    longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
+    return DataLoader(longest_first, batch_size=batch_size, collate_fn=collator(task, tokenizer))

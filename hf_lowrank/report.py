@@ -1,0 +1,103 @@
+"""What a compression did, layer by layer: for a person as a table, for a machine as JSON."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One targeted layer. `rank` is None where it stayed dense, and `note` then says why.
+
+    `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, each 0 where dense.
+    `trace` is the objective after every iteration, for methods that iterate.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    parameters_before: int
+    parameters_after: int
+    relative_error: float = 0.0
+    weighted_error: float = 0.0
+    seconds: float = 0.0
+    note: str = ""
+    trace: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A compression: its settings, the whole model's parameters before and after, and every targeted layer."""
+
+    settings: dict[str, Any]
+    parameters_before: int
+    parameters_after: int
+    seconds: float
+    layers: tuple[LayerReport, ...]
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def targeted_before(self) -> int:
+        """Parameters of the targeted layers before."""
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def targeted_after(self) -> int:
+        """Parameters of the targeted layers after."""
+        return sum(layer.parameters_after for layer in self.layers)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every factorized layer."""
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return asdict(self) | {"targeted_before": self.targeted_before, "targeted_after": self.targeted_after}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":
+        """The report that `to_dict` was called on."""
+        layers = tuple(LayerReport(**{**layer, "trace": tuple(layer["trace"])}) for layer in record["layers"])
+        kept = ("settings", "parameters_before", "parameters_after", "seconds", "statistics")
+        return cls(**{key: record[key] for key in kept}, layers=layers)
+
+    def summary(self) -> str:
+        """The totals in three lines."""
+        dense = sum(layer.rank is None for layer in self.layers)
+        return (
+            f"{len(self.ranks)} layers factorized by {self.settings.get('method')}, {dense} left dense, in {self.seconds:.1f} s\n"
+            f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
+            f"({_share(self.targeted_after, self.targeted_before)})\n"
+            f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
+            f"({_share(self.parameters_after, self.parameters_before)})"
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("layer", "out × in", "rank", "parameters", "relative error", "weighted error", "seconds", box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for layer in self.layers:
+            rank = str(layer.rank) if layer.rank is not None else "dense"
+            size = f"{layer.parameters_before:,} → {layer.parameters_after:,}"
+            errors = (f"{layer.relative_error:.4f}", f"{layer.weighted_error:.4f}") if layer.rank is not None else (layer.note, "")
+            table.add_row(layer.name, f"{layer.out_features} × {layer.in_features}", rank, size, *errors, f"{layer.seconds:.2f}")
+        yield table
+        yield self.summary()
+
+    def __str__(self) -> str:
+        console = Console(width=140, no_color=True)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f}M" if parameters >= 1e5 else f"{parameters:,}"
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.1%}"

@@ -1,0 +1,86 @@
+"""Importance as a scaling of both sides of the weight: the best factors are a truncated SVD of the scaled weight."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.solvers.factors import Factors
+
+# Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
+FLOOR = 1e-8
+
+
+class Scaling:
+    """A symmetric positive matrix S, by which one side of a weight is multiplied. This one is the identity."""
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        """S @ matrix."""
+        return matrix
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        """S⁻¹ @ matrix."""
+        return matrix
+
+
+class DiagonalScaling(Scaling):
+    """S = diag(√importance), for an `importance` [n] of squared errors; zeros are raised to a floor relative to its mean.
+
+    The square root is what makes the squared error of the scaled weight the weighted squared error of the weight.
+    """
+
+    def __init__(self, importance: Tensor) -> None:
+        mean = importance.double().mean()
+        floor = FLOOR * mean if mean > 0 else torch.ones_like(mean)  # all zero: nothing is more important than the rest
+        self.root = importance.double().clamp_min(floor).sqrt()[:, None]
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self.root * matrix
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        return matrix / self.root
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """error(Δ) = ‖L Δ R‖²_F, with L scaling the outputs and R the inputs.
+
+    By Eckart and Young (1936) the least error at a rank is the sum of the squared singular values of L W R from that
+    rank on, and is attained by undoing the scalings of its truncated SVD.
+    """
+
+    left: Scaling
+    right: Scaling
+
+    def error(self, delta: Tensor) -> Tensor:
+        """‖L Δ R‖²_F of a `delta` [out, in], a scalar."""
+        return self._scale(delta).square().sum()
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """The squared singular values of L W R [min(out, in)], largest first."""
+        scaled = self._scale(weight)
+        gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
+        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+    def factorize(self, weight: Tensor, rank: int) -> Factors:
+        """The best factors of `weight` [out, in] at `rank`, computed in float64."""
+        up, down = truncated_svd(self._scale(weight), rank)
+        return Factors(self.left.undo(up), self.right.undo(down.T).T)
+
+    def _scale(self, matrix: Tensor) -> Tensor:
+        return self.right.apply(self.left.apply(matrix.double()).T).T
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of `matrix` [m, n] at `rank` as (orthogonal [m, rank], rest [rank, n]) or its mirror.
+
+    The leading singular vectors of the shorter side are eigenvectors of its Gram matrix, and projecting onto them gives the
+    other factor: several times less work than a full SVD, and in float64 as exact as float32 data deserves.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        up, down = truncated_svd(matrix.T, rank)
+        return down.T, up.T
+    matrix = matrix.double()
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)  # ascending
+    leading = vectors[:, -rank:].flip(1)
+    return leading, leading.T @ matrix

@@ -1,0 +1,92 @@
+"""Hooks that hand over the inputs and output gradients of linear layers, and leave no trace on the model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowrank.statistics.losses import NotSeparable
+
+Deliver = Callable[[str, Tensor, Tensor], None]
+
+
+@dataclass
+class Recorder:
+    """Collects (input, output gradient) of every call of the watched layers and delivers them once per batch and layer.
+
+    A layer that is called once is delivered as soon as its gradient is there, so that its input is freed during the
+    backward pass; one that is called several times (shared blocks) when the batch ends, its calls joined along tokens.
+    """
+
+    deliver: Deliver
+    samples: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+    arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        """Start recording a layer, until the handle is removed."""
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            replaced = None
+            if not output.requires_grad:  # the first layer on its path: the graph begins here
+                output = replaced = output.detach().requires_grad_().clone()
+            self.calls[name] = self.calls.get(name, 0) + 1
+            x = args[0].detach()
+            output.register_hook(lambda g: self._arrive(name, x, g))
+            return replaced
+
+        return module.register_forward_hook(forward_hook)
+
+    def begin_batch(self, samples: int) -> None:
+        """Forget the calls of the last batch; the next one has this many samples."""
+        self.samples = samples
+        self.calls.clear()
+        self.arrived.clear()
+
+    def end_batch(self) -> None:
+        """Deliver the layers that were called several times."""
+        for name, pairs in self.arrived.items():
+            x, g = (torch.cat([self._by_token(t) for t in side], dim=1) for side in zip(*pairs, strict=True))
+            self.deliver(name, x, g)
+
+    def _arrive(self, name: str, x: Tensor, g: Tensor) -> None:
+        if self.calls[name] == 1:
+            self.deliver(name, self._by_token(x), self._by_token(g))
+        else:
+            self.arrived.setdefault(name, []).append((x, g))
+
+    def _by_token(self, tensor: Tensor) -> Tensor:
+        """[batch, …, features] → [batch, tokens, features]."""
+        if self.samples > 1 and tensor.shape[0] != self.samples:
+            raise NotSeparable
+        return tensor.reshape(self.samples, -1, tensor.shape[-1])
+
+
+@contextmanager
+def measuring(model: nn.Module, targets: dict[str, nn.Module], deliver: Deliver) -> Iterator[Recorder]:
+    """Within the block `model` is in evaluation mode without parameter gradients, and its targets are recorded.
+
+    Modes, `requires_grad` and hooks are as before afterwards, also after an exception.
+    """
+    recorder = Recorder(deliver)
+    modes = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = []
+    try:
+        model.eval()  # no dropout
+        for parameter in trainable:
+            parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
+        handles = [recorder.watch(name, module) for name, module in targets.items()]
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,76 @@
+"""The loss of every sample of a batch, as the model itself would compute it for that sample alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_lowrank.errors import LowRankError
+
+Batch = dict[str, Any]
+SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
+
+IGNORED = -100
+
+
+class NotSeparable(Exception):
+    """The samples of a batch cannot be told apart in this model, so that a batch must be a single sample."""
+
+
+def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The model's own loss for a batch of one sample [1].
+
+    Raises:
+        LowRankError: the model returned no loss, because the batch has no labels for it.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise LowRankError(
+            f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: the data lack the labels that it needs"
+        )
+    return loss.reshape(1)
+
+
+def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Each sample's own mean loss [batch], for sequence and token classification and causal language models.
+
+    `compute_statistics` checks the answer against `own_loss` before relying on it.
+
+    Raises:
+        NotSeparable: the model or its labels are of another kind.
+    """
+    labels = batch.get("labels")
+    if labels is None or getattr(model.config, "is_encoder_decoder", False):
+        raise NotSeparable
+    logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:
+        causal = model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # a low-rank class answers with its base's name
+        return _token_losses(logits[:, :-1], labels[:, 1:]) if causal else _token_losses(logits, labels)
+    if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels):
+        return _sequence_losses(logits, labels, getattr(model.config, "problem_type", None))
+    raise NotSeparable
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy, the mean over each sample's labelled tokens: logits [batch, tokens, classes] → [batch]."""
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp_min(1)
+
+
+def _sequence_losses(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The three losses of sequence classification: logits [batch, classes] → [batch]."""
+    if problem_type is None:
+        integer = not labels.is_floating_point()
+        problem_type = "regression" if logits.shape[1] == 1 else "single_label_classification" if integer else "multi_label_classification"
+    if problem_type == "single_label_classification":
+        return F.cross_entropy(logits.float(), labels.view(-1), reduction="none")
+    labels = labels.reshape(logits.shape).to(torch.float32)
+    if problem_type == "regression":
+        return F.mse_loss(logits.float(), labels, reduction="none").mean(dim=1)
+    if problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").mean(dim=1)
+    raise NotSeparable
