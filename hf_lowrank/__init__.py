@@ -1,6 +1,7 @@
 """Importance-weighted low-rank factorization of Hugging Face transformers.
 
-model + task data → statistics (Fisher …) → ranks → factors → replace → (fine-tune) → save / push → from_pretrained → evaluate
+model + task data → statistics (Fisher …) → ranks → factors → replace → (fine-tune) → save / push → from_pretrained →
+evaluate
 """
 
 from hf_lowrank.compress import CompressionConfig, compress

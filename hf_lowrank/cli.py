@@ -22,10 +22,10 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluate import evaluate
 from hf_lowrank.files import refuse_existing
 from hf_lowrank.inspection import inspect, ranks_table
-from hf_lowrank.loading import load_model, refuse_missing, stored_dtype
-from hf_lowrank.saving import save_compressed
+from hf_lowrank.loading import load_model, stored_dtype
+from hf_lowrank.saving import add_facts, save_compressed
 from hf_lowrank.solvers import METHODS, get_method
-from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics import KINDS, Statistics, compute_statistics
 from hf_lowrank.tasks import TASKS, Task, get_task
 
 app = typer.Typer(
@@ -41,18 +41,26 @@ ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or it
 TaskOption = Annotated[str, typer.Option("--task", help=f"What the model was fine-tuned on: {', '.join(TASKS)}.")]
 DataOption = Annotated[
     Path | None,
-    typer.Option(help="A folder with train and validation files (parquet, csv, json, jsonl). Default: the Hub data set."),
+    typer.Option(
+        help="A folder with train and validation files (parquet, csv, json, jsonl). Default: the Hub data set."
+    ),
 ]
-LengthOption = Annotated[int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")]
+LengthOption = Annotated[
+    int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples in a batch. Changes speed and memory, not the result.")]
 SeedOption = Annotated[int, typer.Option(help="Which training samples are chosen.")]
 IncludeOption = Annotated[
     list[str] | None,
-    typer.Option(help="Factorize only linears of this name pattern, such as 'query' or '*.mlp.*'; may be repeated. [dim]"
-                 "Default: all linears inside the transformer blocks.[/dim]"),
+    typer.Option(
+        help="Factorize only linears of this name pattern, such as 'query' or '*.mlp.*'; may be repeated. [dim]"
+        "Default: all linears inside the transformer blocks.[/dim]"
+    ),
 ]
-ExcludeOption = Annotated[list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 
@@ -66,13 +74,16 @@ def demo_command(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small BERT on a generated task, compress it by every method at three ranks, compare. About two minutes, no download."""
+    """Train a small BERT on a generated task, compress it by three methods at three ranks, compare. No download."""
     record = run_demo(output, seed, overwrite)
     if as_json:
         return _print_json(record)
     console.print(results_table(record))
-    console.print(f"the best is saved in [bold]{output}[/bold], and scores the same after AutoModel loaded it back; "
-                  f"{record['seconds']:.0f} s in all. Look into it with: hf-lowrank inspect {output}", highlight=False)
+    console.print(
+        f"the best is saved in [bold]{output}[/bold], and scores the same after AutoModel loaded it back; "
+        f"{record['seconds']:.0f} s in all. Look into it with: hf-lowrank inspect {output}",
+        highlight=False,
+    )
 
 
 @app.command("compress")
@@ -81,16 +92,20 @@ def compress_command(
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")],
     method: Annotated[str, typer.Option(help="See 'hf-lowrank methods'.")] = "tfwsvd",
-    rank_ratio: Annotated[float, typer.Option(help="Share of the ranks to keep, rank / min(in, out), in (0, 1].")] = 0.33,
+    rank_ratio: Annotated[
+        float, typer.Option(help="Share of the ranks to keep, rank / min(in, out), in (0, 1].")
+    ] = 0.33,
     data_dir: DataOption = None,
-    samples: SamplesOption = 2048,
+    samples: SamplesOption = 512,
     batch_size: BatchOption = 16,
     max_length: LengthOption = None,
     seed: SeedOption = 0,
     statistics: Annotated[Path | None, typer.Option(help="Use statistics saved by 'hf-lowrank statistics'.")] = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
-    score: Annotated[bool, typer.Option("--evaluate", help="Score the model before and after, on the validation data.")] = False,
+    score: Annotated[
+        bool, typer.Option("--evaluate", help="Score the model before and after, on the validation data.")
+    ] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -115,21 +130,19 @@ def compress_command(
             origin = _origin(model, the_task, data_dir, seed)
             measured = compute_statistics(loaded, loader, needs, include=include, exclude=exclude, origin=origin)
     loaded, report = compress(loaded, config, measured)
-    loaded.to(stored_dtype(model))
-    if score:
-        facts["score_compressed"] = evaluate(loaded.to(_compute_dtype(loaded)), tokenizer, the_task, data_dir)["score"]
-        loaded.to(stored_dtype(model))
-    facts["seconds_total"] = time.perf_counter() - started
     if PartialState().is_main_process:
-        save_compressed(loaded, tokenizer, report, output, overwrite, **facts)
+        save_compressed(loaded, tokenizer, report, output, overwrite, stored_dtype(model), **facts)
+        if score:  # as a user gets it: loaded back
+            facts["score_compressed"] = evaluate(*load_model(str(output), the_task), the_task, data_dir)["score"]
+            add_facts(output, score_compressed=facts["score_compressed"])
         if as_json:
-            _print_json({**facts, "output": str(output), **report.to_dict()})
-        else:
-            console.print(report)
-            if score:
-                console.print(f"{the_task.score} {facts['score_dense']:.2f} dense → {facts['score_compressed']:.2f} compressed")
-            console.print(f"saved to [bold]{output}[/bold] after {facts['seconds_total']:.0f} s; score it with: "
-                          f"hf-lowrank evaluate {output} --task {the_task.name}", highlight=False)
+            return _print_json({**facts, "output": str(output), **report.to_dict()})
+        console.print(report)
+        if score:
+            console.print(
+                f"{the_task.score} {facts['score_dense']:.2f} dense → {facts['score_compressed']:.2f} compressed"
+            )
+        console.print(f"saved to {output} after {time.perf_counter() - started:.0f} s", highlight=False)
 
 
 @app.command("statistics")
@@ -137,9 +150,11 @@ def statistics_command(
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the statistics go.")],
-    kind: Annotated[list[str], typer.Option(help="What to measure; may be repeated: fisher, fisher_rows.")] = ["fisher"],  # noqa: B006
+    kind: Annotated[
+        list[str] | None, typer.Option(help=f"What to measure; may be repeated: {', '.join(KINDS)}. Default: fisher.")
+    ] = None,
     data_dir: DataOption = None,
-    samples: SamplesOption = 2048,
+    samples: SamplesOption = 512,
     batch_size: BatchOption = 16,
     max_length: LengthOption = None,
     seed: SeedOption = 0,
@@ -153,10 +168,13 @@ def statistics_command(
     loaded, tokenizer = load_model(model, the_task)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
     origin = _origin(model, the_task, data_dir, seed)
-    measured = compute_statistics(loaded, loader, kind, include=include, exclude=exclude, origin=origin)
+    measured = compute_statistics(loaded, loader, kind or ["fisher"], include=include, exclude=exclude, origin=origin)
     if PartialState().is_main_process:
         measured.save(output, overwrite)
-        console.print(f"{', '.join(measured.kinds)} of {len(measured.weights)} layers over {measured.samples} samples saved to {output}")
+        console.print(
+            f"{', '.join(measured.kinds)} of {len(measured.weights)} layers over {measured.samples} samples "
+            f"saved to {output}"
+        )
 
 
 @app.command("evaluate")
@@ -176,7 +194,9 @@ def evaluate_command(
         return
     if as_json:
         return _print_json({"model": model, "task": the_task.name, "parameters": loaded.num_parameters(), **result})
-    table = Table("metric", "value", box=None, title=f"{model} on {the_task.name}, {loaded.num_parameters():,} parameters")
+    table = Table(
+        "metric", "value", box=None, title=f"{model} on {the_task.name}, {loaded.num_parameters():,} parameters"
+    )
     for key, value in result.items():
         if key not in ("score", "degenerate"):
             table.add_row(key, f"[bold]{value:.2f}[/bold] (score)" if key == the_task.score else f"{value:.4g}")

@@ -1,7 +1,6 @@
 """The one place that edits a model: its targeted linears become low-rank factors, one at a time."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -62,7 +61,9 @@ def compress(
     check_weights(targets)
     if method.needs:
         if statistics is None:
-            raise LowRankError(f"the method {method.name!r} needs statistics ({', '.join(method.needs)}); see compute_statistics")
+            raise LowRankError(
+                f"the method {method.name!r} needs statistics ({', '.join(method.needs)}); see compute_statistics"
+            )
         statistics.check(targets, method.needs)
     ranks = uniform_ranks(targets, config.rank_ratio)
     before, started = model.num_parameters(), time.perf_counter()
@@ -72,7 +73,9 @@ def compress(
         for name, linear in targets.items():
             layers.append(_factorize_layer(model, name, linear, ranks[name], method, statistics))
             shown.update()
-    described = {"samples": statistics.samples, "origin": statistics.origin} if statistics is not None and method.needs else {}
+    described = (
+        {"samples": statistics.samples, "origin": statistics.origin} if statistics is not None and method.needs else {}
+    )
     report = CompressionReport(
         asdict(config), before, model.num_parameters(), time.perf_counter() - started, tuple(layers), described
     )
@@ -87,9 +90,13 @@ def _factorize_layer(
     out_features, in_features = weight_shape(linear)
     parameters = out_features * in_features
     if not saves_parameters(out_features, in_features, rank):
-        return LayerReport(name, out_features, in_features, None, parameters, parameters, note=f"rank {rank} saves nothing")
+        return LayerReport(
+            name, out_features, in_features, None, parameters, parameters, note=f"rank {rank} saves nothing"
+        )
     weight = dense_weight(linear).detach().float()
-    objective = method.objective({kind: statistics.mean(kind, name).to(weight.device) for kind in method.needs} if statistics else {})
+    objective = method.objective(
+        {kind: statistics.mean(kind, name).to(weight.device) for kind in method.needs} if statistics else {}
+    )
     factors = objective.factorize(weight, rank)
     balanced = factors.balanced()
     low_rank = LowRankLinear.from_factors(linear, balanced.up, balanced.down)

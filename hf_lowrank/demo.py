@@ -1,8 +1,8 @@
 """The embedded default: a generated task, a small BERT trained on it, and the three methods of the papers compared.
 
-Nothing is downloaded. The task is a small grammar of reviews: a sentence scores the sum of its opinion words, each turned
-around by a negation and doubled by an intensifier before it, and its label says whether the sum is negative, zero or positive.
-Words follow Zipf's law, so that some of the signal sits in common words and some in rare ones.
+Nothing is downloaded. The task is a toy language of reviews: a sentence is worth the sum of its opinion words, each turned around
+by a negation or doubled by an intensifier right before it, and its label says whether the sum is positive. Words follow
+Zipf's law, so that some of the signal sits in common words and some in rare ones.
 """
 
 import copy
@@ -37,9 +37,8 @@ from hf_lowrank.tasks import Task, accuracy, collator, encode
 
 RANK_RATIOS = (0.33, 0.2, 0.1)
 METHODS = ("svd", "fwsvd", "tfwsvd")
-EPOCHS = 10
-TRAIN_ROWS, VALIDATION_ROWS, FISHER_ROWS = 12_000, 2_000, 1_024
-LABELS = ("negative", "neutral", "positive")
+TRAIN_ROWS, VALIDATION_ROWS, FISHER_ROWS = 48_000, 2_000, 1_024
+LABELS = ("negative", "positive")
 TASK = Task("demo", "classification", ("text",), "label", ("", None), "accuracy", accuracy, LABELS, max_length=32)
 
 
@@ -58,27 +57,30 @@ def make_vocabulary() -> dict[str, list[str]]:
 
 
 def make_rows(count: int, seed: int) -> Dataset:
-    """`count` labelled sentences of 6 to 20 words."""
+    """`count` labelled sentences of 5 to 12 words."""
     choose, vocabulary = random.Random(seed), make_vocabulary()
     weights = {role: [1 / (rank + 2) for rank in range(len(words))] for role, words in vocabulary.items()}
-    texts, labels = [], []
-    for _ in range(count):
-        roles = choose.choices(list(vocabulary), (0.14, 0.14, 0.12, 0.1, 0.5), k=choose.randint(6, 20))
-        texts.append(" ".join(choose.choices(vocabulary[role], weights[role])[0] for role in roles))
-        labels.append(label_of(roles))
-    return Dataset.from_dict({"text": texts, "label": labels})
+    rows: dict[str, list[Any]] = {"text": [], "label": []}
+    while len(rows["text"]) < count:
+        roles = choose.choices(list(vocabulary), (0.2, 0.2, 0.12, 0.08, 0.4), k=choose.randint(5, 12))
+        if (worth := worth_of(roles)) != 0:
+            rows["text"].append(" ".join(choose.choices(vocabulary[role], weights[role])[0] for role in roles))
+            rows["label"].append(int(worth > 0))
+    return Dataset.from_dict(rows)
 
 
-def label_of(roles: list[str]) -> int:
-    """0, 1 or 2 for a negative, zero or positive sum of opinions; a negation or intensifier acts on the next opinion word."""
-    total, factor = 0, 1
+def worth_of(roles: list[str]) -> int:
+    """The sum of a sentence's opinion words; a negation or intensifier acts on one right after it.
+
+    >>> worth_of(["good", "filler", "very", "bad", "not", "filler", "good"])
+    0
+    """
+    total, before = 0, ""
     for role in roles:
-        if role in ("not", "very"):
-            factor *= {"not": -1, "very": 2}[role]
-        elif role in ("good", "bad"):
-            total += factor * (1 if role == "good" else -1)
-            factor = 1
-    return 1 + (total > 0) - (total < 0)
+        if role in ("good", "bad"):
+            total += (1 if role == "good" else -1) * {"not": -1, "very": 2}.get(before, 1)
+        before = role
+    return total
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -88,7 +90,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
@@ -118,7 +122,9 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
     dense_score = evaluate_rows(model, tokenizer, TASK, validation)["score"]
     sample = train.shuffle(seed=seed).select(range(FISHER_ROWS))
     fisher = compute_fisher(
-        model, DataLoader(sample, batch_size=32, collate_fn=collator(TASK, tokenizer)), origin={"model": "demo", "seed": seed}
+        model,
+        DataLoader(sample, batch_size=32, collate_fn=collator(TASK, tokenizer)),
+        origin={"model": "demo", "seed": seed},
     )
     runs, best = _compare(model, tokenizer, validation, fisher)
     facts = {"base_model": "demo", "task": "demo", "score_dense": dense_score, "score_compressed": best[0]}
@@ -161,11 +167,10 @@ def _train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerF
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch,
-            num_train_epochs=EPOCHS,
-            per_device_train_batch_size=64,
+            num_train_epochs=1,
+            per_device_train_batch_size=32,
             learning_rate=1e-3,
-            warmup_steps=100,
-            weight_decay=0.01,
+            warmup_steps=150,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
@@ -182,9 +187,13 @@ def _compare(
     with bar("compressing", len(METHODS) * len(RANK_RATIOS), "models") as shown:
         for ratio in RANK_RATIOS:
             for method in METHODS:
-                candidate, report = compress(copy.deepcopy(model), CompressionConfig(method, ratio), fisher, progress=False)
+                candidate, report = compress(
+                    copy.deepcopy(model), CompressionConfig(method, ratio), fisher, progress=False
+                )
                 score = evaluate_rows(candidate, tokenizer, TASK, validation, progress=False)["score"]
-                runs.append({"method": method, "rank_ratio": ratio, "score": score, "parameters": report.parameters_after})
+                runs.append(
+                    {"method": method, "rank_ratio": ratio, "score": score, "parameters": report.parameters_after}
+                )
                 if best is None or score >= best[0]:
                     best = score, candidate, report
                 shown.update()

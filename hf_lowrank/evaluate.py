@@ -73,11 +73,15 @@ def _predictions(model: PreTrainedModel, loader: DataLoader, task: Task, shown: 
 def _read_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
     predicted = logits.argmax(dim=-1)
     kept = labels != IGNORED
-    return [p[k].tolist() for p, k in zip(predicted, kept, strict=True)], [y[k].tolist() for y, k in zip(labels, kept, strict=True)]
+    return [p[k].tolist() for p, k in zip(predicted, kept, strict=True)], [
+        y[k].tolist() for y, k in zip(labels, kept, strict=True)
+    ]
 
 
 def _read_text(logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return losses[labels[:, 1:].flatten() != IGNORED].double().tolist(), []
 
 

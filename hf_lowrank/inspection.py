@@ -9,7 +9,6 @@ import torch
 from accelerate import init_empty_weights
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 import hf_lowrank.modeling_lowrank as modeling
 from hf_lowrank.errors import LowRankError
@@ -54,15 +53,23 @@ def inspect(folder: str) -> dict[str, Any]:
 def _skeleton(config: Any) -> PreTrainedModel:
     """The model without its weights."""
     architecture = (config.architectures or [""])[0]
-    model_class = getattr(modeling, architecture, None) or MODEL_MAPPING[type(config)]
+    if not hasattr(modeling, architecture):
+        raise LowRankError(
+            f"config.json names the architecture {architecture!r}, which this version of transformers does not have"
+        )
     with init_empty_weights(), torch.device("meta"):
-        return model_class(copy.deepcopy(config))
+        return getattr(modeling, architecture)(copy.deepcopy(config))
 
 
 def ranks_table(layers: dict[str, dict[str, int]]) -> Table:
     """Layers of the same type, shape and rank in one row."""
     kinds = Counter(
-        (".".join("*" if part.isdigit() else part for part in name.split(".")), layer["out"], layer["in"], layer["rank"])
+        (
+            ".".join("*" if part.isdigit() else part for part in name.split(".")),
+            layer["out"],
+            layer["in"],
+            layer["rank"],
+        )
         for name, layer in layers.items()
     )
     table = Table("layers", "count", "out × in", "rank", "parameters each", box=None)

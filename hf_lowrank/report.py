@@ -11,7 +11,7 @@ from rich.table import Table
 class LayerReport:
     """One targeted layer. `rank` is None where it stayed dense, and `note` then says why.
 
-    `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, each 0 where dense.
+    `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, 0 where dense.
     `trace` is the objective after every iteration, for methods that iterate.
     """
 
@@ -69,7 +69,8 @@ class CompressionReport:
         """The totals in three lines."""
         dense = sum(layer.rank is None for layer in self.layers)
         return (
-            f"{len(self.ranks)} layers factorized by {self.settings.get('method')}, {dense} left dense, in {self.seconds:.1f} s\n"
+            f"{len(self.ranks)} layers factorized by {self.settings.get('method')}, {dense} left dense, "
+            f"in {self.seconds:.1f} s\n"
             f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
             f"({_share(self.targeted_after, self.targeted_before)})\n"
             f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
@@ -77,14 +78,22 @@ class CompressionReport:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("layer", "out × in", "rank", "parameters", "relative error", "weighted error", "seconds", box=None)
+        table = Table(
+            "layer", "out × in", "rank", "parameters", "relative error", "weighted error", "seconds", box=None
+        )
         for column in table.columns[1:]:
             column.justify = "right"
         for layer in self.layers:
             rank = str(layer.rank) if layer.rank is not None else "dense"
             size = f"{layer.parameters_before:,} → {layer.parameters_after:,}"
-            errors = (f"{layer.relative_error:.4f}", f"{layer.weighted_error:.4f}") if layer.rank is not None else (layer.note, "")
-            table.add_row(layer.name, f"{layer.out_features} × {layer.in_features}", rank, size, *errors, f"{layer.seconds:.2f}")
+            errors = (
+                (f"{layer.relative_error:.4f}", f"{layer.weighted_error:.4f}")
+                if layer.rank is not None
+                else (layer.note, "")
+            )
+            table.add_row(
+                layer.name, f"{layer.out_features} × {layer.in_features}", rank, size, *errors, f"{layer.seconds:.2f}"
+            )
         yield table
         yield self.summary()
 

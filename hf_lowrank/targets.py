@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.modeling_lowrank import dense_weight
 
-PATTERN_SYNTAX = "patterns are shell globs over the whole dotted name ('*.attention.*') or its last parts ('query', 'mlp.fc1')"
+PATTERN_SYNTAX = (
+    "patterns are shell globs over the whole dotted name ('*.attention.*') or its last parts ('query', 'mlp.fc1')"
+)
 
 
 def find_targets(
@@ -55,9 +57,10 @@ def check_weights(targets: dict[str, nn.Module]) -> None:
         LowRankError: the module is named, with the number of its bad weights.
     """
     for name, module in targets.items():
-        bad = int((~torch.isfinite(module.weight)).sum())
+        weight = dense_weight(module)
+        bad = int((~torch.isfinite(weight)).sum())
         if bad:
-            raise LowRankError(f"{name}: {bad} of its {module.weight.numel()} weights are not finite; the model is damaged")
+            raise LowRankError(f"{name}: {bad} of its {weight.numel()} weights are not finite; the model is damaged")
 
 
 def factorizable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -131,7 +131,9 @@ TASKS = {
             _entities,
             _CONLL,
         ),
-        Task("tinystories", "causal_lm", ("text",), None, ("roneneldan/TinyStories", None), "perplexity", max_length=512),
+        Task(
+            "tinystories", "causal_lm", ("text",), None, ("roneneldan/TinyStories", None), "perplexity", max_length=512
+        ),
         Task(
             "wikitext2",
             "causal_lm",
@@ -267,13 +269,14 @@ def label_ids_of(task: Task, config: PreTrainedConfig) -> list[int]:
     """The model's label for each label of the data; none where they are not classes."""
     if not task.label_names:
         return []
-    by_name = {str(name).lower(): int(label) for label, name in config.id2label.items()}
+    by_name = {str(name).lower(): int(label) for label, name in (config.id2label or {}).items()}
     names = [name.lower() for name in task.label_names]
     if all(name in by_name for name in names):
         return [by_name[name] for name in names]
     if len(by_name) != len(names):
         raise LowRankError(
-            f"the model has {len(by_name)} labels ({', '.join(by_name)}), {task.name} has {len(names)} ({', '.join(names)})"
+            f"the model has {len(by_name)} labels ({', '.join(by_name)}), "
+            f"{task.name} has {len(names)} ({', '.join(names)})"
         )
     return list(range(len(names)))
 

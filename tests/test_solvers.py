@@ -1,4 +1,4 @@
-"""The solvers against theory: Eckart and Young for closed forms, monotone decrease and known optima for the iteration."""
+"""The solvers against theory: Eckart and Young for closed forms, monotone decrease and known optima otherwise."""
 
 import pytest
 import torch
@@ -106,7 +106,9 @@ def test_tfwsvd_solves_a_rank_one_importance_exactly() -> None:
     objective = ElementWise(rows[:, None] * columns, max_sweeps=5)
     scaled = rows.double().sqrt()[:, None] * weight * columns.double().sqrt()
     optimum = torch.linalg.svdvals(scaled)[6:].square().sum()
-    assert relative(objective.error(weight - objective.factorize(weight, 6).product()), optimum) == pytest.approx(0, abs=1e-5)
+    assert relative(objective.error(weight - objective.factorize(weight, 6).product()), optimum) == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_tfwsvd_equals_fwsvd_when_weights_are_constant_along_rows() -> None:

@@ -1,8 +1,8 @@
 """weight + statistics + rank → factors. Pure tensors: nothing here knows a model.
 
 One idea: a method is an importance, that is a weighted squared error `objective.error(delta)` of the change
-`delta = W − up @ down`, built from the statistics of one layer (`methods.py`). The importance is either a scaling of both
-sides of W, whose best factors are a truncated SVD (`scaled.py`), or a weight for every element, whose best factors
+`delta = W − up @ down`, built from the statistics of one layer (`methods.py`). The importance is either a scaling of
+both sides of W, whose best factors are a truncated SVD (`scaled.py`), or a weight for every element, whose best factors
 are found by iteration (`elementwise.py`).
 """
 

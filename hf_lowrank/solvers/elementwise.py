@@ -20,16 +20,16 @@ DAMPING = 1e-6
 class ElementWise:
     """error(Δ) = Σᵢⱼ importanceᵢⱼ Δᵢⱼ², for an `importance` [out, in] ≥ 0. TFWSVD, Hua et al. (2022), equation 4.
 
-    With one factor fixed every row of the other is a small weighted least-squares problem. All of them are improved at once by a
-    few steps of conjugate gradients in a basis where the fixed factor is orthonormal under the mean importance, so that
-    only matrix products remain and no step can increase the error.
+    With one factor fixed every row of the other is a small weighted least-squares problem. All of them are improved at
+    once by a few steps of conjugate gradients in a basis where the fixed factor is orthonormal under the mean
+    importance, so that only matrix products remain and no step can increase the error.
 
     `max_sweeps` and `tolerance` (relative decrease of the error over one sweep) end the iteration.
     """
 
     importance: Tensor
-    max_sweeps: int = 20
-    tolerance: float = 1e-3
+    max_sweeps: int = 50
+    tolerance: float = 1e-4
 
     def error(self, delta: Tensor) -> Tensor:
         """Σ importance Δ² of a `delta` [out, in], a scalar."""
@@ -40,13 +40,13 @@ class ElementWise:
         return self.two_sided().spectrum(weight)
 
     def two_sided(self) -> Scaled:
-        """The scaling whose weights are the product of the row and column sums: exact where the importance has rank 1."""
+        """The scaling by the row and column sums of the importance: the importance itself where that has rank 1."""
         importance = self.importance.double()
         rows, columns, total = importance.sum(dim=1), importance.sum(dim=0), importance.sum()
         return Scaled(DiagonalScaling(rows), DiagonalScaling(columns / total if total > 0 else columns))
 
     def factorize(self, weight: Tensor, rank: int) -> Factors:
-        """Factors of `weight` [out, in] at `rank`, never worse than those of `two_sided`, with the trace of the error."""
+        """Factors of `weight` [out, in] at `rank`, never worse than those of `two_sided`, with a trace."""
         start = self.two_sided().factorize(weight, rank)
         mean = self.importance.float().mean()
         if mean == 0:
@@ -81,7 +81,7 @@ def _orthonormal_down(up: Tensor, down: Tensor, importance: Tensor) -> tuple[Ten
 
 
 def _improve_up(up: Tensor, down: Tensor, importance: Tensor, residual: Tensor) -> Tensor:
-    """`up` after `STEPS` conjugate gradient steps on every row's own least-squares problem; updates `residual` in place.
+    """`up` after `STEPS` conjugate gradient steps on every row's own problem; updates `residual` in place.
 
     Each row i minimises Σⱼ importanceᵢⱼ (residualᵢⱼ − (step @ down)ᵢⱼ)², so α and β are one number per row.
     """

@@ -67,7 +67,9 @@ def svd(statistics: dict[str, Tensor]) -> Objective:
     return Scaled(Scaling(), Scaling())
 
 
-@method("fwsvd", "‖(W − UD) diag(√f)‖², f: Fisher information summed over outputs", "Hsu et al. (2022)", ("fisher_rows",))
+@method(
+    "fwsvd", "‖(W − UD) diag(√f)‖², f: Fisher information summed over outputs", "Hsu et al. (2022)", ("fisher_rows",)
+)
 def fwsvd(statistics: dict[str, Tensor]) -> Objective:
     return Scaled(Scaling(), DiagonalScaling(statistics["fisher_rows"]))
 

@@ -24,7 +24,7 @@ class Scaling:
 
 
 class DiagonalScaling(Scaling):
-    """S = diag(√importance), for an `importance` [n] of squared errors; zeros are raised to a floor relative to its mean.
+    """S = diag(√importance), for an `importance` [n] of squared errors; zeros are raised to a floor.
 
     The square root is what makes the squared error of the scaled weight the weighted squared error of the weight.
     """
@@ -74,8 +74,8 @@ class Scaled:
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of `matrix` [m, n] at `rank` as (orthogonal [m, rank], rest [rank, n]) or its mirror.
 
-    The leading singular vectors of the shorter side are eigenvectors of its Gram matrix, and projecting onto them gives the
-    other factor: several times less work than a full SVD, and in float64 as exact as float32 data deserves.
+    The leading singular vectors of the shorter side are eigenvectors of its Gram matrix, and projecting onto them gives
+    the other factor: several times less work than a full SVD, and in float64 as exact as float32 data deserves.
     """
     if matrix.shape[0] > matrix.shape[1]:
         up, down = truncated_svd(matrix.T, rank)

@@ -12,8 +12,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.progress import bar
 from hf_lowrank.statistics.container import Statistics, digest
-from hf_lowrank.statistics.hooks import measuring
-from hf_lowrank.statistics.kinds import KINDS, zeros
+from hf_lowrank.statistics.hooks import Recorder, measuring
+from hf_lowrank.statistics.kinds import KINDS
 from hf_lowrank.statistics.losses import Batch, NotSeparable, SampleLosses, own_loss, sample_losses
 from hf_lowrank.targets import check_weights, find_targets
 
@@ -28,7 +28,7 @@ def compute_fisher(
     form: Literal["element", "row"] = "element",
     **options: Any,
 ) -> Statistics:
-    """The exact empirical Fisher information of every targeted weight: E_n[(∂loss_n/∂W)²], the labels those of the data.
+    """The exact empirical Fisher information of every targeted weight, E_n[(∂loss_n/∂W)²], with the labels of the data.
 
     `form="row"` sums it over outputs, which is all that FWSVD needs, without forming the gradients. Hsu et al. (2022),
     equation 5; the options are those of `compute_statistics`.
@@ -54,8 +54,8 @@ def compute_statistics(
     another form, every sample is run alone with the model's own loss. The model is as it was afterwards.
 
     Args:
-        loader: batches as keyword arguments of the model, with labels; their size may vary. With several processes each one
-            gives its own share, and the sums are added over processes at the end.
+        loader: batches as keyword arguments of the model, with labels; their size may vary. With several processes
+            each one gives its own share, and the sums are added over processes at the end.
         origin: plain facts kept with the result (model, task, data, seed).
         accelerator: needed only where several processes take part.
 
@@ -68,7 +68,7 @@ def compute_statistics(
     targets = find_targets(model, include, exclude)
     check_weights(targets)
     run = _Pass(model, targets, kinds)
-    with bar("statistics", _length(loader), "samples", progress) as shown, measuring(model, targets, run.deliver) as run.recorder:
+    with bar("statistics", _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
         for batch in loader:
             run.add(batch)
             shown.update(run.samples - shown.n)
@@ -86,10 +86,13 @@ class _Pass:
         self.sums = self._empty(kinds)
         self.samples = self.tokens = 0
         self.finite: dict[str, Tensor] = {}
+        self.recorder = Recorder(self.deliver)
 
     def add(self, batch: Batch) -> None:
         """Add the samples of one batch to the sums."""
-        batch = {key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        batch = {
+            key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        }
         if self.losses is None:
             self.losses = self._choose_losses(batch)
         parts = [batch] if self.losses is sample_losses else list(_one_by_one(batch))
@@ -124,7 +127,9 @@ class _Pass:
             self._check_finite({"the loss": torch.isfinite(losses)})
             losses.sum().backward()
         self.recorder.end_batch()
-        self._check_finite({f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite})
+        self._check_finite(
+            {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
+        )
 
     def _check_finite(self, finite: dict[str, Tensor]) -> None:
         """Raise for the first thing [samples] that is not finite, after one synchronisation with the device."""
@@ -135,7 +140,7 @@ class _Pass:
         raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
 
     def _choose_losses(self, batch: Batch) -> SampleLosses:
-        """`sample_losses` if two samples together give what they give alone by the model's own loss, else `own_loss`."""
+        """`sample_losses` if two samples together give what the model's own loss gives alone, else `own_loss`."""
         alone = list(_one_by_one(batch))[:2]
         if len(alone) < 2:
             return own_loss
@@ -164,7 +169,8 @@ class _Pass:
         for name, module in self.targets.items():
             weight = dense_weight(module)
             for kind in kinds:
-                sums[kind][name] = zeros(kind, *weight.shape, weight.device)
+                shape = KINDS[kind].shape(*weight.shape)
+                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         return sums
 
 

@@ -54,7 +54,9 @@ class Statistics:
             )
         by_name = self.sums.get(kind, self.sums.get("fisher", {}))
         if name not in by_name:
-            raise LowRankError(f"these statistics know nothing of the module {name!r}; they were measured on {self._source()}")
+            raise LowRankError(
+                f"these statistics know nothing of the module {name!r}; they were measured on {self._source()}"
+            )
         total = by_name[name]
         return (total if kind in self.sums else total.sum(dim=0)) / self.samples
 
@@ -69,10 +71,13 @@ class Statistics:
             for kind in kinds:
                 shape, expected = tuple(self.mean(kind, name).shape), KINDS[kind].shape(out_features, in_features)
                 if shape != expected:
-                    raise LowRankError(f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?")
+                    raise LowRankError(
+                        f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?"
+                    )
             if kinds and self.weights.get(name) != digest(module):
                 raise LowRankError(
-                    f"{name}: the statistics were measured on other weights ({self._source()}); measure them again on this model"
+                    f"{name}: the statistics were measured on other weights ({self._source()}); "
+                    "measure them again on this model"
                 )
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -82,7 +87,9 @@ class Statistics:
             LowRankError: the folder exists and `overwrite` is off.
         """
         with atomic_folder(folder, overwrite) as whole:
-            flat = {f"{kind}/{name}": t.contiguous() for kind, by_name in self.sums.items() for name, t in by_name.items()}
+            flat = {
+                f"{kind}/{name}": t.contiguous() for kind, by_name in self.sums.items() for name, t in by_name.items()
+            }
             save_file(flat, whole / TENSORS)
             write_json(whole / RECORD, self._record() | {"sha256": sha256_of(whole / TENSORS)})
 
@@ -95,10 +102,14 @@ class Statistics:
         """
         record = read_json(Path(folder) / RECORD)
         if record.get("format_version") != FORMAT_VERSION:
-            raise LowRankError(f"{folder}: statistics of format {record.get('format_version')}, this version reads {FORMAT_VERSION}")
+            raise LowRankError(
+                f"{folder}: statistics of format {record.get('format_version')}, this version reads {FORMAT_VERSION}"
+            )
         path = Path(folder) / TENSORS
         if not path.is_file() or sha256_of(path) != record["sha256"]:
-            raise LowRankError(f"{path} is missing or damaged (its checksum is not the recorded one); measure the statistics again")
+            raise LowRankError(
+                f"{path} is missing or damaged (its checksum is not the recorded one); measure the statistics again"
+            )
         try:
             flat = load_file(path)
         except SafetensorError as error:
@@ -125,4 +136,6 @@ class Statistics:
 
 def digest(module: nn.Module) -> str:
     """A digest of a linear's weight, the same in float32 and in the half precision it was read from."""
-    return hashlib.blake2b(dense_weight(module).detach().float().contiguous().cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        dense_weight(module).detach().float().contiguous().cpu().numpy().tobytes(), digest_size=16
+    ).hexdigest()

@@ -68,12 +68,11 @@ class Recorder:
 
 
 @contextmanager
-def measuring(model: nn.Module, targets: dict[str, nn.Module], deliver: Deliver) -> Iterator[Recorder]:
-    """Within the block `model` is in evaluation mode without parameter gradients, and its targets are recorded.
+def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorder) -> Iterator[None]:
+    """Within the block `model` is in evaluation mode without parameter gradients, and `recorder` watches its targets.
 
     Modes, `requires_grad` and hooks are as before afterwards, also after an exception.
     """
-    recorder = Recorder(deliver)
     modes = {module: module.training for module in model.modules()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = []
@@ -82,7 +81,7 @@ def measuring(model: nn.Module, targets: dict[str, nn.Module], deliver: Deliver)
         for parameter in trainable:
             parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
         handles = [recorder.watch(name, module) for name, module in targets.items()]
-        yield recorder
+        yield
     finally:
         for handle in handles:
             handle.remove()

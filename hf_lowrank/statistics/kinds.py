@@ -1,4 +1,4 @@
-"""What can be measured of a linear layer, from its inputs x [batch, tokens, in] and output gradients g [batch, tokens, out].
+"""What can be measured of a linear layer, from its inputs x and output gradients g [batch, tokens, in or out].
 
 The gradient of sample n's own loss by the weight is G_n = Σ_t g_t x_tᵀ [out, in]. Each kind is added up over samples in
 place, in float32.
@@ -7,10 +7,9 @@ place, in float32.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-# Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time stays in cache.
+# Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26
 
 
@@ -38,8 +37,8 @@ def add_fisher(total: Tensor, x: Tensor, g: Tensor) -> None:
 def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor) -> None:
     """total [in] += Σ_n Σ_out G_n²: what FWSVD pools, one number for each input feature.
 
-    Σ_out (Σ_t g_t x_t)² = Σ_t x_t ⊙ (g gᵀ x)_t needs only the [tokens, tokens] Gram matrix of g, which is cheaper than G_n for
-    samples of fewer tokens than about in·out / (in + out).
+    Σ_out (Σ_t g_t x_t)² = Σ_t x_t ⊙ (g gᵀ x)_t needs only the [tokens, tokens] Gram matrix of g, which is cheaper than
+    G_n for samples of fewer tokens than about in·out / (in + out).
     """
     (tokens, inputs), outputs = x.shape[1:], g.shape[2]
     if tokens * (inputs + outputs) <= inputs * outputs:
@@ -56,8 +55,3 @@ KINDS = {
         Kind("fisher_rows", "(loss / weight)², sum over outputs and samples", lambda out, in_: (in_,), add_fisher_rows),
     )
 }
-
-
-def zeros(kind: str, out_features: int, in_features: int, device: torch.device) -> Tensor:
-    """An empty sum of a kind for a weight [out, in], in float32."""
-    return torch.zeros(KINDS[kind].shape(out_features, in_features), dtype=torch.float32, device=device)

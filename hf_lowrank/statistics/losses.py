@@ -30,7 +30,8 @@ def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
         raise LowRankError(
-            f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: the data lack the labels that it needs"
+            f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: "
+            "the data lack the labels that it needs"
         )
     return loss.reshape(1)
 
@@ -48,7 +49,9 @@ def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         raise NotSeparable
     logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        causal = model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # a low-rank class answers with its base's name
+        causal = (
+            model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        )  # a low-rank class answers with its base's name
         return _token_losses(logits[:, :-1], labels[:, 1:]) if causal else _token_losses(logits, labels)
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels):
         return _sequence_losses(logits, labels, getattr(model.config, "problem_type", None))
@@ -65,7 +68,13 @@ def _sequence_losses(logits: Tensor, labels: Tensor, problem_type: str | None) -
     """The three losses of sequence classification: logits [batch, classes] → [batch]."""
     if problem_type is None:
         integer = not labels.is_floating_point()
-        problem_type = "regression" if logits.shape[1] == 1 else "single_label_classification" if integer else "multi_label_classification"
+        problem_type = (
+            "regression"
+            if logits.shape[1] == 1
+            else "single_label_classification"
+            if integer
+            else "multi_label_classification"
+        )
     if problem_type == "single_label_classification":
         return F.cross_entropy(logits.float(), labels.view(-1), reduction="none")
     labels = labels.reshape(logits.shape).to(torch.float32)
