@@ -64,7 +64,7 @@ ExcludeOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)  # a file or pipe is not 80 columns wide
 
 
 @app.command("demo")

@@ -1,27 +1,39 @@
 """The embedded default: a generated task, a small BERT trained on it, and the three methods of the papers compared.
 
-Nothing is downloaded. The task is a toy language of reviews: a sentence is worth the sum of its opinion words, each turned around
-by a negation or doubled by an intensifier right before it, and its label says whether the sum is positive. Words follow
-Zipf's law, so that some of the signal sits in common words and some in rare ones.
+Nothing is downloaded. **The task** is a toy language of reviews. A row is a question, one of ten aspects ("food"), and
+a review, a handful of opinion words ("food3 room11 price0") among fillers. Every opinion word speaks of one aspect and
+is worth a fixed number; the rating to predict is the sum of the worths of the words about the aspect that is asked,
+plus noise, as raters differ. Aspects, and words within an aspect, follow Zipf's law: some of the signal sits in common
+words, which matter in many rows, some in rare ones. Scored as STS-B is, by the mean of Pearson and Spearman correlation.
+
+**Why importance matters.** A network trained from a small random start learns weights of low rank, so that any method
+may drop most ranks for free: there is nothing to compare. Pretrained models are otherwise: their weights are near full
+rank, most of what they hold is of no use to the task at hand, and fine-tuning moves them little. Here a large random
+start (`INITIALIZER_RANGE`) stands in for what pretraining leaves behind. What the task needs is then a small part of
+each weight's energy; plain SVD keeps the energy, whereas Fisher information says which part the loss depends on. What the
+demo shows is this mechanism in small, not how large the effect is on a real model.
 """
 
 import copy
-import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from rich.table import Table
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -32,70 +44,79 @@ from hf_lowrank.evaluate import evaluate_rows
 from hf_lowrank.files import refuse_existing
 from hf_lowrank.progress import bar
 from hf_lowrank.saving import save_compressed
-from hf_lowrank.statistics import Statistics, compute_fisher
-from hf_lowrank.tasks import Task, accuracy, collator, encode
+from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.tasks import TASKS, Task, collator, encode
 
-RANK_RATIOS = (0.33, 0.2, 0.1)
 METHODS = ("svd", "fwsvd", "tfwsvd")
-TRAIN_ROWS, VALIDATION_ROWS, FISHER_ROWS = 48_000, 2_000, 1_024
-LABELS = ("negative", "positive")
-TASK = Task("demo", "classification", ("text",), "label", ("", None), "accuracy", accuracy, LABELS, max_length=32)
+RANK_RATIOS = (0.5, 0.33, 0.2)
+TRAIN_ROWS, VALIDATION_ROWS, FISHER_ROWS = 128_000, 2_000, 2_048
+BATCH_SIZE, LEARNING_RATE = 32, 1e-3
+HIDDEN, LAYERS = 96, 2
+INITIALIZER_RANGE = 0.15  # BERT's own is 0.02; see above
+
+ASPECTS = ("food", "room", "price", "staff", "view", "bed", "bath", "pool", "wifi", "noise")  # the first is the most common
+WORDS_PER_ASPECT, FILLERS = 20, 200
+NOISE = 0.5  # standard deviation of the raters' disagreement; that of a single word's worth is 1
+TASK = Task(
+    "demo", "regression", ("question", "review"), "rating", ("", None), "pearson_spearman", TASKS["stsb"].metrics, max_length=32
+)
 
 
 # --- the data ---
 
 
-def make_vocabulary() -> dict[str, list[str]]:
-    """The words of the language by their role; within a role the first is the most common."""
-    return {
-        "good": [f"good{n}" for n in range(150)],
-        "bad": [f"bad{n}" for n in range(150)],
-        "not": [f"not{n}" for n in range(8)],
-        "very": [f"very{n}" for n in range(8)],
-        "filler": [f"word{n}" for n in range(1_200)],
-    }
+def make_worths(seed: int) -> dict[str, dict[str, float]]:
+    """What every opinion word is worth, by aspect and word; within an aspect the first word is the most common."""
+    draws = np.random.default_rng(seed).normal(size=(len(ASPECTS), WORDS_PER_ASPECT))
+    return {aspect: {f"{aspect}{n}": float(worth) for n, worth in enumerate(row)} for aspect, row in zip(ASPECTS, draws, strict=True)}
 
 
-def make_rows(count: int, seed: int) -> Dataset:
-    """`count` labelled sentences of 5 to 12 words."""
-    choose, vocabulary = random.Random(seed), make_vocabulary()
-    weights = {role: [1 / (rank + 2) for rank in range(len(words))] for role, words in vocabulary.items()}
-    rows: dict[str, list[Any]] = {"text": [], "label": []}
-    while len(rows["text"]) < count:
-        roles = choose.choices(list(vocabulary), (0.2, 0.2, 0.12, 0.08, 0.4), k=choose.randint(5, 12))
-        if (worth := worth_of(roles)) != 0:
-            rows["text"].append(" ".join(choose.choices(vocabulary[role], weights[role])[0] for role in roles))
-            rows["label"].append(int(worth > 0))
-    return Dataset.from_dict(rows)
+def worth_of(question: str, review: str, worths: dict[str, dict[str, float]]) -> float:
+    """The sum of the worths of the words of `review` that speak of the aspect asked.
 
-
-def worth_of(roles: list[str]) -> int:
-    """The sum of a sentence's opinion words; a negation or intensifier acts on one right after it.
-
-    >>> worth_of(["good", "filler", "very", "bad", "not", "filler", "good"])
-    0
+    >>> worth_of("food", "food3 word8 room1 food3 food0", {"food": {"food0": 2.0, "food3": -0.5}, "room": {"room1": 9.0}})
+    1.0
     """
-    total, before = 0, ""
-    for role in roles:
-        if role in ("good", "bad"):
-            total += (1 if role == "good" else -1) * {"not": -1, "very": 2}.get(before, 1)
-        before = role
-    return total
+    return sum(worths[question].get(word, 0.0) for word in review.split())
+
+
+def make_rows(count: int, seed: int | Sequence[int], worths: dict[str, dict[str, float]]) -> Dataset:
+    """`count` rated rows. A review has 3 to 6 opinion words, two in five of them on the aspect asked, and up to 3 fillers."""
+    choose = np.random.default_rng(seed)
+    asked = _zipf(choose, len(ASPECTS), (count, 1))
+    aspects = np.where(choose.random((count, 6)) < 0.4, asked, _zipf(choose, len(ASPECTS), (count, 6)))
+    words, fillers = _zipf(choose, WORDS_PER_ASPECT, (count, 6)), _zipf(choose, FILLERS, (count, 3))
+    opinions, padding = choose.integers(3, 7, count), choose.integers(0, 4, count)
+    rows: dict[str, list[Any]] = {"question": [], "review": [], "rating": []}
+    for n, noise in enumerate(choose.normal(scale=NOISE, size=count)):
+        review = [f"{ASPECTS[a]}{w}" for a, w in zip(aspects[n, : opinions[n]], words[n], strict=False)]
+        review += [f"word{filler}" for filler in fillers[n, : padding[n]]]
+        choose.shuffle(review)
+        question, text = ASPECTS[asked[n, 0]], " ".join(review)
+        rows["question"].append(question)
+        rows["review"].append(text)
+        rows["rating"].append(worth_of(question, text, worths) + noise)
+    return Dataset.from_dict(rows)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word, with BERT's special tokens."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = special + [word for words in make_vocabulary().values() for word in words]
+    opinions = [f"{aspect}{n}" for aspect in ASPECTS for n in range(WORDS_PER_ASPECT)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *ASPECTS, *opinions, *(f"word{n}" for n in range(FILLERS))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
+
+
+def _zipf(choose: np.random.Generator, kinds: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers below `kinds`, the n-th with a frequency in proportion to 1 / (n + 2)."""
+    frequency = 1 / (np.arange(kinds) + 2)
+    return choose.choice(kinds, shape, p=frequency / frequency.sum())
 
 
 # --- the run ---
@@ -114,20 +135,17 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
     started = time.perf_counter()
     tokenizer = make_tokenizer()
     model = _new_model(tokenizer, seed)
-    train, validation = (
-        encode(make_rows(count, seed + part), TASK, tokenizer, model.config)
-        for part, count in enumerate((TRAIN_ROWS, VALIDATION_ROWS))
+    worths = make_worths(seed)
+    train, validation, sample = (
+        encode(make_rows(count, [seed, part], worths), TASK, tokenizer, model.config)
+        for part, count in enumerate((TRAIN_ROWS, VALIDATION_ROWS, FISHER_ROWS))
     )
     _train(model, tokenizer, train, seed)
     dense_score = evaluate_rows(model, tokenizer, TASK, validation)["score"]
-    sample = train.shuffle(seed=seed).select(range(FISHER_ROWS))
-    fisher = compute_fisher(
-        model,
-        DataLoader(sample, batch_size=32, collate_fn=collator(TASK, tokenizer)),
-        origin={"model": "demo", "seed": seed},
-    )
+    loader = DataLoader(sample, batch_size=BATCH_SIZE, collate_fn=collator(TASK, tokenizer))
+    fisher = compute_statistics(model, loader, ["fisher", "fisher_rows"], origin={"model": "demo", "seed": seed})
     runs, best = _compare(model, tokenizer, validation, fisher)
-    facts = {"base_model": "demo", "task": "demo", "score_dense": dense_score, "score_compressed": best[0]}
+    facts = {"base_model": "demo", "task": TASK.name, "score_dense": dense_score, "score_compressed": best[0]}
     save_compressed(best[1], tokenizer, best[2], output, overwrite, **facts)
     loaded = AutoModelForSequenceClassification.from_pretrained(output)
     if evaluate_rows(loaded, tokenizer, TASK, validation, progress=False)["score"] != best[0]:
@@ -139,7 +157,8 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
 def results_table(record: dict[str, Any]) -> Table:
     """The scores of `run_demo` by method and rank ratio."""
     dense = record["dense"]
-    table = Table("rank ratio", "parameters", *METHODS, box=None, title=f"accuracy in %; dense {dense['score']:.1f}")
+    title = f"Pearson–Spearman correlation in %; dense {dense['score']:.1f} with {dense['parameters']:,} parameters"
+    table = Table("rank ratio", "parameters", *METHODS, box=None, title=title)
     for ratio in RANK_RATIOS:
         runs = {run["method"]: run for run in record["runs"] if run["rank_ratio"] == ratio}
         parameters = runs[METHODS[0]]["parameters"]
@@ -152,13 +171,14 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> BertForSequence
     set_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=3,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=32,
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: n for n, name in enumerate(LABELS)},
+        intermediate_size=4 * HIDDEN,
+        max_position_embeddings=TASK.max_length,
+        initializer_range=INITIALIZER_RANGE,
+        num_labels=1,
+        problem_type="regression",
     )
     return BertForSequenceClassification(config)
 
@@ -168,15 +188,31 @@ def _train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerF
         arguments = TrainingArguments(
             scratch,
             num_train_epochs=1,
-            per_device_train_batch_size=32,
-            learning_rate=1e-3,
-            warmup_steps=150,
+            per_device_train_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            warmup_steps=100,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
+            disable_tqdm=True,
             seed=seed,
         )
-        Trainer(model, arguments, train_dataset=rows, data_collator=collator(TASK, tokenizer)).train()
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator(TASK, tokenizer), callbacks=[_Bar()])
+        trainer.remove_callback(PrinterCallback)  # it would print figures to stdout, which is for the result
+        trainer.train()
+
+
+class _Bar(TrainerCallback):
+    """Our progress bar, on stderr, instead of the Trainer's own."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown = bar("training", state.max_steps, "steps")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown.close()
 
 
 def _compare(
@@ -187,13 +223,9 @@ def _compare(
     with bar("compressing", len(METHODS) * len(RANK_RATIOS), "models") as shown:
         for ratio in RANK_RATIOS:
             for method in METHODS:
-                candidate, report = compress(
-                    copy.deepcopy(model), CompressionConfig(method, ratio), fisher, progress=False
-                )
+                candidate, report = compress(copy.deepcopy(model), CompressionConfig(method, ratio), fisher, progress=False)
                 score = evaluate_rows(candidate, tokenizer, TASK, validation, progress=False)["score"]
-                runs.append(
-                    {"method": method, "rank_ratio": ratio, "score": score, "parameters": report.parameters_after}
-                )
+                runs.append({"method": method, "rank_ratio": ratio, "score": score, "parameters": report.parameters_after})
                 if best is None or score >= best[0]:
                     best = score, candidate, report
                 shown.update()

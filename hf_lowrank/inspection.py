@@ -73,6 +73,7 @@ def ranks_table(layers: dict[str, dict[str, int]]) -> Table:
         for name, layer in layers.items()
     )
     table = Table("layers", "count", "out × in", "rank", "parameters each", box=None)
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for (name, out_features, in_features, rank), count in kinds.items():

@@ -33,6 +33,9 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
             f"{name} is not trained for {task.name}: {bad[0]} is not in it or has another shape, and would be random; "
             "fine-tune it on the task first"
         )
+    saved_as = (model.config.architectures or [type(model).__name__])[0]
+    if saved_as.removeprefix("LowRank") != type(model).__name__.removeprefix("LowRank"):
+        raise LowRankError(f"{name} is a {saved_as}, which is not a model for {task.name}")
     return model.to(device), tokenizer
 
 

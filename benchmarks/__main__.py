@@ -1,0 +1,104 @@
+"""The command `python -m benchmarks`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from datasets.utils.logging import disable_progress_bar
+
+from benchmarks import fisher, layer, memory, solver, truncated_svd
+from benchmarks.harness import Options, Result, machine_facts
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.tasks import TASKS
+
+BENCHMARKS: dict[str, Callable[[Options], Result]] = {
+    "fisher": fisher.run,
+    "solver": solver.run,
+    "truncated_svd": truncated_svd.run,
+    "layer": layer.run,
+    "memory": memory.run,
+}
+
+DESCRIPTION = """\
+Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
+
+  fisher         compute_fisher / an ordinary training pass, and / one sample at a time    about 4 minutes
+  solver         TFWSVD's solver against Adam from the same start                          about 3 minutes
+  truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
+  layer          LowRankLinear against nn.Linear                                           under a minute
+  memory         peak memory of compress, in a process of its own                          about 2 minutes
+
+Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
+Nothing is downloaded: models are randomly initialised and data made up, unless --model gives solver a real one.
+"""
+
+EXAMPLES = """\
+examples:
+  python -m benchmarks layer truncated_svd
+  python -m benchmarks solver --model ./bert-stsb --task stsb --data-dir ./stsb
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the named benchmarks; the exit code is 2 for bad input."""
+    given = _parser().parse_args(arguments)
+    unknown = [name for name in given.names if name not in BENCHMARKS]
+    if unknown:
+        print(f"there is no benchmark {unknown[0]!r}, only {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    if (given.model is None) != (given.task is None):
+        print("--model and --task belong together: the task says which data the model's Fisher is of", file=sys.stderr)
+        return 2
+    disable_progress_bar()
+    torch.set_num_threads(given.threads)
+    options = Options(given.threads, given.rounds, given.model, given.task, given.data_dir)
+    try:
+        for name in given.names or BENCHMARKS:
+            _run(name, options, given.output)
+    except LowRankError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(name: str, options: Options, folder: Path) -> None:
+    facts = machine_facts()
+    result = BENCHMARKS[name](options)
+    print(result.markdown(), end="\n\n", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": name,
+        "title": result.title,
+        "machine": facts,
+        "rounds": options.rounds,
+        "table": result.rows,
+        "notes": result.notes,
+        **result.figures,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns that each competitor takes (default: 5)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
+    )
+    parser.add_argument("--model", help="solver: also real layers of this model, a folder or a name on the Hub")
+    parser.add_argument("--task", choices=list(TASKS), help="solver: what the model was fine-tuned on")
+    parser.add_argument("--data-dir", type=Path, help="solver: folder with the task's train file (default: the Hub's)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

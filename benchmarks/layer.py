@@ -1,0 +1,44 @@
+"""How much of the arithmetic that low rank saves is saved in time, over the number of tokens at once."""
+
+import torch
+from torch import nn
+
+from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for
+from hf_lowrank import LowRankLinear
+
+SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072))
+TOKENS = (1, 16, 128, 1024)
+RANK_RATIO = 0.33
+
+
+@torch.inference_mode()
+def run(options: Options) -> Result:
+    """Speed of `LowRankLinear` relative to `nn.Linear`."""
+    measured = [_measure(*shape, tokens, options.rounds) for shape in SHAPES for tokens in TOKENS]
+    notes = ["Share realised: the speed-up divided by the ratio of multiplications. Float32, with bias."]
+    return Result(
+        f"layer: nn.Linear against LowRankLinear, rank ratio {RANK_RATIO}",
+        [row for row, _ in measured],
+        notes,
+        {"cases": [figures for _, figures in measured]},
+    )
+
+
+def _measure(in_features: int, out_features: int, tokens: int, rounds: int) -> tuple[Row, dict]:
+    rank = round(RANK_RATIO * min(in_features, out_features))
+    dense, low_rank = nn.Linear(in_features, out_features), LowRankLinear(in_features, out_features, rank)
+    x = torch.randn(tokens, in_features)
+    seconds = alternate({"dense": lambda: dense(x), "low": lambda: low_rank(x)}, rounds, repeats_for(lambda: dense(x)))
+    speedup = ratio(seconds["dense"], seconds["low"])
+    arithmetic = in_features * out_features / (rank * (in_features + out_features))
+    row = {
+        "in→out": f"{in_features}→{out_features}",
+        "rank": str(rank),
+        "tokens": str(tokens),
+        "dense, ms": milliseconds(seconds["dense"]),
+        "low rank, ms": milliseconds(seconds["low"]),
+        "speed-up": speedup.text(),
+        "arithmetic": f"{arithmetic:.2f}",
+        "share realised": f"{speedup.median / arithmetic:.0%}",
+    }
+    return row, {"in": in_features, "out": out_features, "rank": rank, "tokens": tokens, "seconds": seconds}

@@ -1,0 +1,122 @@
+"""Peak memory of `compress` above that of the model and its statistics, in a process of its own."""
+
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import nn
+
+from benchmarks.harness import Options, Result, Row
+from benchmarks.models import random_bert, random_importance
+from hf_lowrank import CompressionConfig, Statistics, compress
+from hf_lowrank.statistics.container import digest
+from hf_lowrank.targets import find_targets, weight_shape
+
+LAYERS, HIDDEN = 12, 768
+INTERVAL = 0.001  # seconds between two looks at the memory
+MEGABYTE = 2**20
+
+
+def run(options: Options) -> Result:
+    """Memory before and at the peak of `compress`, as PyTorch allocates it and with freed memory given back at once."""
+    settings = {
+        "default": {},
+        "returned at once": {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0"},
+    }
+    measured = {name: _in_own_process(options.threads, extra) for name, extra in settings.items()}
+    notes = [
+        f"BERT of {LAYERS} layers, {HIDDEN}/{4 * HIDDEN}, randomly initialised, with a random Fisher; method tfwsvd.",
+        "Workspace: the peak less the model and the statistics. Under the default allocator freed memory may stay with "
+        "the process and be used again; glibc can be told to return it at once, which shows what is really in use.",
+    ]
+    return Result(
+        "memory: peak of compress, MiB",
+        [_row(name, figures) for name, figures in measured.items()],
+        notes,
+        {"cases": measured},
+    )
+
+
+def _in_own_process(threads: int, environment: dict[str, str]) -> dict[str, float]:
+    answer = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", str(threads)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(answer.stdout)
+
+
+def _row(name: str, figures: dict[str, float]) -> Row:
+    workspace = figures["peak"] - figures["loaded"]
+    return {
+        "freed memory": name,
+        "model": f"{figures['model']:.0f}",
+        "statistics": f"{figures['statistics']:.0f}",
+        "peak above the model": f"{workspace + figures['statistics']:.0f}",
+        "workspace": f"{workspace:.0f}",
+        "largest layer, float64": f"{figures['layer']:.0f}",
+        "workspace / it": f"{workspace / figures['layer']:.1f}",
+        "after, above before": f"{figures['after'] - figures['loaded']:.0f}",
+    }
+
+
+def measure() -> dict[str, float]:
+    """MiB of the model, the statistics and the largest layer in float64, and of the process before, at peak, after."""
+    model = random_bert(LAYERS, HIDDEN)
+    targets = find_targets(model)
+    statistics = random_statistics(targets)
+    sizes = {
+        "model": sum(parameter.nbytes for parameter in model.parameters()) / MEGABYTE,
+        "statistics": sum(total.nbytes for total in statistics.sums["fisher"].values()) / MEGABYTE,
+        "layer": max(8 * math.prod(weight_shape(module)) for module in targets.values()) / MEGABYTE,
+    }
+    del targets
+    gc.collect()
+    sizes["loaded"] = resident()
+    with Peak() as peak:
+        compressed, _ = compress(model, CompressionConfig("tfwsvd"), statistics, progress=False)
+    assert compressed is model  # edited in place
+    return sizes | {"peak": peak.seen, "after": resident()}
+
+
+def random_statistics(targets: dict[str, nn.Module]) -> Statistics:
+    """A positive Fisher for every target, as if it had been measured on it."""
+    fisher = {name: random_importance(*weight_shape(module)) for name, module in targets.items()}
+    return Statistics({"fisher": fisher}, 1, 1, {name: digest(module) for name, module in targets.items()})
+
+
+def resident() -> float:
+    """The resident memory of this process in MiB."""
+    return psutil.Process().memory_info().rss / MEGABYTE
+
+
+class Peak:
+    """The largest resident memory within a `with` block, looked at every millisecond by a thread."""
+
+    def __enter__(self) -> "Peak":
+        self.seen = resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self.seen = max(self.seen, resident())
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[1]))
+    print(json.dumps(measure()))

@@ -1,0 +1,223 @@
+"""The command, as a user runs it: the whole way on a tiny model, and one line for every kind of bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_lowrank import cli
+from tests.helpers import bert_config
+
+WORDS = [f"w{n}" for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny classifier and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    BertForSequenceClassification(bert_config(num_labels=2)).save_pretrained(folder)
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CoLA-like rows as parquet files."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 24), ("validation", 10)):
+        texts = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(n % 9 + 1)) for n in range(count)]
+        rows = Dataset.from_dict({"sentence": texts, "label": [n % 2 for n in range(count)]})
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `hf-lowrank words…`, in this process."""
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["hf-lowrank", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+        raise SystemExit(0)
+    out, err = capfd.readouterr()
+    return int(exit_info.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "tfwsvd"])
+def test_compress_evaluate_inspect(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, method: str
+) -> None:
+    out, common = tmp_path / "out", ("--task", "cola", "--data-dir", data, "--json")
+    code, printed, _ = run(
+        monkeypatch, capfd, "compress", model, *common, "--method", method, "--rank-ratio", 0.25, "--output", out,
+        "--evaluate", "--samples", 20,
+    )  # fmt: skip
+    assert code == 0
+    compressed = json.loads(printed)
+    code, printed, _ = run(monkeypatch, capfd, "evaluate", out, *common)
+    assert code == 0
+    evaluated = json.loads(printed)
+    assert evaluated["score"] == compressed["score_compressed"]
+    assert evaluated["parameters"] == compressed["parameters_after"] < compressed["parameters_before"]
+    code, printed, _ = run(monkeypatch, capfd, "inspect", out, "--json")
+    assert code == 0
+    inspected = json.loads(printed)
+    assert inspected["parameters"] == compressed["parameters_after"]
+    assert inspected["parameters_dense"] == compressed["parameters_before"]
+    assert inspected["record"]["score_compressed"] == compressed["score_compressed"]
+    assert {layer["rank"] for layer in inspected["layers"].values()} == {8}
+    loaded = AutoModelForSequenceClassification.from_pretrained(out)
+    assert loaded.num_parameters() == compressed["parameters_after"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_people_get_tables(model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run(
+        monkeypatch, capfd, "compress", model, "--task", "cola", "--data-dir", data, "--method", "svd", "--output", out
+    )
+    assert code == 0
+    assert "12 layers factorized by svd" in printed
+    assert "0.attention.self.query" in printed
+    assert "matthews" in run(monkeypatch, capfd, "evaluate", out, "--task", "cola", "--data-dir", data)[1]
+    assert "LowRankBertForSequenceClassification" in run(monkeypatch, capfd, "inspect", out)[1]
+    assert "Hua et al." in run(monkeypatch, capfd, "methods")[1]
+
+
+def test_saved_statistics_give_the_same_model(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    common = ("--task", "cola", "--data-dir", data)
+    assert run(monkeypatch, capfd, "statistics", model, *common, "--output", tmp_path / "fisher")[0] == 0
+    for name, more in (("direct", ()), ("saved", ("--statistics", tmp_path / "fisher"))):
+        assert run(monkeypatch, capfd, "compress", model, *common, "--output", tmp_path / name, *more)[0] == 0
+    direct, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("direct", "saved"))
+    assert direct.keys() == saved.keys()
+    assert all(torch.equal(direct[key], saved[key]) for key in direct)
+
+
+def test_half_precision_is_stored_as_it_was(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float16).save_pretrained(half)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (half / file).write_bytes((model / file).read_bytes())
+    words = ("--task", "cola", "--data-dir", data, "--output", tmp_path / "out")
+    assert run(monkeypatch, capfd, "compress", half, *words)[0] == 0
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+
+
+def broken(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model with a weight that is not a number."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.encoder.layer.1.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--method": "fsvd"}, "unknown method 'fsvd'; the methods are svd, fwsvd, tfwsvd"),
+        ({"--task": "glue"}, "unknown task 'glue'; the tasks are cola"),
+        ({"--rank-ratio": "1.5"}, "rank_ratio must be in (0, 1]"),
+        ({"--rank-ratio": "0"}, "rank_ratio must be in (0, 1]"),
+        ({"--include": "quary"}, "the pattern 'quary' matches none of the 14 linear layers"),
+        ({"--task": "stsb"}, "stsb needs the column 'sentence1'"),
+        ({"--task": "conll2003"}, "is a BertForSequenceClassification, which is not a model for conll2003"),
+        ({"--task": "tinystories"}, "is not trained for tinystories: "),
+        ({"MODEL": "EMPTY"}, "is not a model: the folder has no config.json"),
+        ({"MODEL": "./nowhere"}, "there is no folder ./nowhere"),
+        ({"MODEL": "nobody/nothing"}, "nobody/nothing cannot be loaded as a model for cola"),
+        ({"MODEL": "BROKEN"}, "layer.1.output.dense: 1 of its 2048 weights are not finite"),
+        ({"--data-dir": "EMPTY"}, "has no train.parquet"),
+        ({"--statistics": "EMPTY"}, "there is no"),
+        ({"--output": "FULL"}, "exists and is not empty; choose another folder or pass --overwrite"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, change: dict[str, str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    places = {"EMPTY": tmp_path / "empty", "FULL": tmp_path / "full", "BROKEN": broken(model, tmp_path)}
+    options: dict[str, Any] = {"MODEL": model, "--task": "cola", "--data-dir": data, "--output": tmp_path / "out"}
+    options |= {key: places.get(value, value) for key, value in change.items()}
+    first = options.pop("MODEL")
+    before = sorted(tmp_path.rglob("*"))
+    code, printed, err = run(monkeypatch, capfd, "compress", first, *(word for item in options.items() for word in item))
+    assert code == 2
+    assert printed == ""
+    last = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert last.startswith("hf-lowrank: ")
+    assert message in last
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_says_that_a_model_is_dense(model: Path, monkeypatch: Any, capfd: Any) -> None:
+    code, _, err = run(monkeypatch, capfd, "inspect", model)
+    assert code == 2
+    assert "an ordinary bert model: none of its layers is factorized" in err
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_save_leaves_what_was_there(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, existing: bool
+) -> None:
+    out = tmp_path / "out"
+    if existing:
+        out.mkdir()
+        (out / "precious").write_text("kept")
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_lowrank.saving.write_json", fails)
+    words = ("compress", model, "--task", "cola", "--data-dir", data, "--method", "svd", "--output", out)
+    assert run(monkeypatch, capfd, *words, "--overwrite")[0] == 130
+    assert [path.name for path in tmp_path.rglob("*")] == (["out", "precious"] if existing else [])
+
+
+def test_overwriting_replaces_the_folder(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stale").touch()
+    words = ("compress", model, "--task", "cola", "--data-dir", data, "--method", "svd", "--output", out)
+    assert run(monkeypatch, capfd, *words, "--overwrite")[0] == 0
+    assert not (out / "stale").exists()
+    assert (out / "model.safetensors").is_file()
+
+
+def test_help_teaches_and_the_module_runs() -> None:
+    environment = {**os.environ, "COLUMNS": "100"}
+    result = subprocess.run(
+        [sys.executable, "-m", "hf_lowrank", "compress", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0
+    for word in ("--rank-ratio", "--data-dir", "Example:", "tfwsvd"):
+        assert word in result.stdout

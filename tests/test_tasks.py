@@ -1,0 +1,198 @@
+"""Tasks read local files, align labels, and score as the standard scripts do; bad data are named."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from hf_lowrank.calibration import calibration_loader
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.evaluate import evaluate
+from hf_lowrank.tasks import TASKS, encode, get_task, load_split
+from tests.helpers import bert_config
+
+WORDS = "the cat sat on a mat and ran far away new york ##s ##er john lives in".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def sequence_classifier(**changes: Any) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(bert_config(**changes))
+
+
+def write(folder: Path, **splits: dict[str, list[Any]]) -> Path:
+    for split, columns in splits.items():
+        Dataset.from_dict(columns).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+COLA = {"sentence": ["the cat sat", "a mat", "the cat ran far away", "sat the on"], "label": [1, 0, 1, 0]}
+
+
+def test_scores_are_those_of_the_predictions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = sequence_classifier(num_labels=2)
+    result = evaluate(model, tokenizer, get_task("cola"), write(tmp_path, validation=COLA), batch_size=3, progress=False)
+    right = 0
+    for text, label in zip(COLA["sentence"], COLA["label"], strict=True):
+        with torch.no_grad():
+            right += int(model.eval()(**tokenizer(text, return_tensors="pt")).logits.argmax() == label)
+    assert result["accuracy"] == pytest.approx(100 * right / 4)
+    assert result["score"] == result["matthews"]
+    assert result["degenerate"] in (0.0, 1.0)
+
+
+def test_a_constant_prediction_is_flagged(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = write(tmp_path, validation={"sentence1": ["a", "cat"], "sentence2": ["the", "mat"], "label": [1.0, 2.0]})
+    model = sequence_classifier(num_labels=1)
+    torch.nn.init.zeros_(model.classifier.weight)
+    result = evaluate(model, tokenizer, get_task("stsb"), data, progress=False)
+    assert result["degenerate"] == 1.0
+    assert result["score"] == 0.0
+
+
+def test_labels_are_mapped_by_name_where_the_model_names_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    names = {0: "contradiction", 1: "entailment", 2: "neutral"}
+    config = bert_config(id2label=names, label2id={name: n for n, name in names.items()})
+    rows = Dataset.from_dict({"premise": ["a", "cat", "mat"], "hypothesis": ["a", "a", "a"], "label": [0, 1, 2]})
+    assert encode(rows, get_task("mnli"), tokenizer, config)["labels"] == [1, 2, 0]
+    assert encode(rows, get_task("mnli"), tokenizer, bert_config(num_labels=3))["labels"] == [0, 1, 2]
+    with pytest.raises(LowRankError, match=r"the model has 2 labels .*mnli has 3 \(entailment, neutral"):
+        encode(rows, get_task("mnli"), tokenizer, bert_config(num_labels=2))
+
+
+def test_f1_counts_the_positive_class_of_the_data_whatever_the_model_calls_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    columns = {"sentence1": ["a", "cat", "mat"], "sentence2": ["a", "a", "a"], "label": [1, 1, 0]}
+    data = write(tmp_path, validation=columns)
+    names = {0: "equivalent", 1: "not_equivalent"}
+    model = sequence_classifier(id2label=names, label2id={name: n for n, name in names.items()})
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([1.0, 0.0])  # always "equivalent"
+    result = evaluate(model, tokenizer, get_task("mrpc"), data, progress=False)
+    assert result["f1"] == pytest.approx(80.0)  # precision 2/3, recall 1
+    assert result["accuracy"] == pytest.approx(200 / 3)
+
+
+def test_a_word_is_labelled_at_its_first_piece(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"tokens": [["john", "cats", "in", "new", "york"]], "ner_tags": [[1, 0, 0, 5, 6]]})
+    encoded = encode(rows, get_task("conll2003"), tokenizer, bert_config(num_labels=9))
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"][0]) == [
+        "[CLS]", "john", "cat", "##s", "in", "new", "york", "[SEP]",
+    ]  # fmt: skip
+    assert encoded["labels"][0] == [-100, 1, 0, -100, 0, 5, 6, -100]
+
+
+def test_entities_are_scored_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = write(tmp_path, validation={"tokens": [["john", "in", "new", "york"]], "ner_tags": [[1, 0, 5, 6]]})
+    torch.manual_seed(0)
+    model = BertForTokenClassification(bert_config(num_labels=9))
+    answers = {4 + WORDS.index(word): tag for word, tag in (("john", 1), ("in", 0), ("new", 5), ("york", 0))}
+
+    def answer(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        output.logits = torch.eye(9)[torch.tensor([[answers.get(int(t), 0) for t in row] for row in kwargs["input_ids"]])]
+        return output
+
+    model.register_forward_hook(answer, with_kwargs=True)
+    assert evaluate(model, tokenizer, get_task("conll2003"), data, progress=False)["score"] == pytest.approx(50.0)
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss_per_token(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = write(tmp_path, validation={"text": ["the cat sat", " ", "a mat and the cat"]})
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()
+    losses, tokens = 0.0, 0
+    for text in ("the cat sat", "a mat and the cat"):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        losses += float(model(input_ids=ids, labels=ids).loss.detach()) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    result = evaluate(model, tokenizer, get_task("tinystories"), data, progress=False)
+    assert result["tokens"] == tokens
+    assert result["score"] == pytest.approx(np.exp(losses / tokens), rel=1e-4)
+
+
+def test_running_text_is_cut_into_full_blocks(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"text": ["the cat ", "", "sat on a mat ", "and ran far away"]})
+    config = GPT2Config(vocab_size=64, n_positions=5)
+    lengths = [len(ids) for ids in encode(rows, get_task("wikitext2"), tokenizer, config)["input_ids"]]
+    assert sorted(lengths) == [2, 5, 5]
+
+
+def test_calibration_rows_are_chosen_by_seed_longest_first(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = write(tmp_path, train={"sentence": [" ".join(WORDS[: n + 1]) for n in range(12)], "label": [0, 1] * 6})
+
+    def lengths(seed: int, samples: int = 5) -> list[int]:
+        loader = calibration_loader(
+            sequence_classifier(num_labels=2), tokenizer, get_task("cola"), data, samples, batch_size=2, seed=seed
+        )
+        return [int(length) for batch in loader for length in batch["attention_mask"].sum(dim=1)]
+
+    assert lengths(0) == lengths(0) == sorted(lengths(0), reverse=True)
+    assert lengths(0) != lengths(1)
+    assert len(lengths(0)) == 5
+    assert len(lengths(0, samples=100)) == 12
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"sentence": ["a"]}, "cola needs the column 'label'.*its columns are sentence"),
+        ({"text": ["a"], "label": [1]}, "cola needs the column 'sentence'"),
+        ({"sentence": ["a", "b"], "label": [-1, 1]}, r"1 labels of cola are not usable, such as -1.*0 to 1"),
+        ({"sentence": ["a"], "label": ["good"]}, "such as 'good' in column 'label'"),
+        ({"sentence": ["a", "b"], "label": [None, 1]}, "such as None"),
+    ],
+)
+def test_bad_data_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, columns: dict[str, list[Any]], message: str
+) -> None:
+    data = write(tmp_path, validation=columns)
+    with pytest.raises(LowRankError, match=message):
+        evaluate(sequence_classifier(num_labels=2), tokenizer, get_task("cola"), data, progress=False)
+
+
+def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LowRankError, match=r"has no train\.parquet \(or \.csv"):
+        load_split(get_task("cola"), "train", tmp_path)
+    (tmp_path / "train.parquet").write_bytes(b"nonsense")
+    with pytest.raises(LowRankError, match=f"the data of cola cannot be read from {tmp_path}"):
+        load_split(get_task("cola"), "train", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_other_file_formats_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = Dataset.from_dict(COLA)
+    rows.to_csv(tmp_path / "train.csv") if suffix == "csv" else rows.to_json(tmp_path / "train.jsonl")
+    assert load_split(get_task("cola"), "train", tmp_path)["sentence"][:] == COLA["sentence"]
+
+
+def test_every_task_is_complete() -> None:
+    for name, task in TASKS.items():
+        assert task.name == name
+        assert (task.metrics is None) == task.lower_is_better
+        assert (task.label is None) == (task.kind == "causal_lm")
+    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2"):
+        get_task("glue")
