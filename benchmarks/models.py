@@ -41,24 +41,22 @@ def _batch(lengths: torch.Tensor, vocabulary: int, generator: torch.Generator) -
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A weight [rows, columns] with a singular spectrum like those of trained transformers: a power law over a floor.
-
-    Trained layers have a few strong directions and a long tail; a matrix of independent normals has no strong ones.
-    """
+    """A weight [rows, columns] with a singular spectrum like those of trained encoders: slow decay, no gap, a low end."""
     generator = torch.Generator().manual_seed(seed)
     rank = min(rows, columns)
     left = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q
     right = torch.linalg.qr(torch.randn(columns, rank, generator=generator)).Q
-    spectrum = torch.arange(1, rank + 1).pow(-0.5) + 0.3 * torch.linspace(1, 0.1, rank)
+    index = torch.arange(rank)
+    spectrum = (1 + index / 20) ** -0.5 * (1 - 0.95 * index / rank)
     return (left * spectrum) @ right.T
 
 
 def random_importance(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A heavy-tailed importance [rows, columns] as Fisher information is: log-normal rows, columns and elements."""
+    """A heavy-tailed importance [rows, columns]: log-normal, and as in Fisher information more by row and column."""
     generator = torch.Generator().manual_seed(seed)
     exponent = (
         torch.randn(rows, 1, generator=generator)
         + torch.randn(1, columns, generator=generator)
-        + torch.randn(rows, columns, generator=generator)
+        + 0.4 * torch.randn(rows, columns, generator=generator)
     )
     return exponent.exp()

@@ -24,7 +24,8 @@ def save_compressed(
 ) -> None:
     """Write the model, its tokenizer and `compression.json` into a new folder, all of it or nothing.
 
-    The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in the record.
+    The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in
+    the record.
 
     Raises:
         LowRankError: the folder exists and `overwrite` is off.

@@ -139,7 +139,7 @@ def broken(model: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--method": "fsvd"}, "unknown method 'fsvd'; the methods are svd, fwsvd, tfwsvd"),
+        ({"--method": "fsvd"}, "unknown method 'fsvd'; the methods are svd, fwsvd, fwsvd2, tfwsvd, asvd, whiten"),
         ({"--task": "glue"}, "unknown task 'glue'; the tasks are cola"),
         ({"--rank-ratio": "1.5"}, "rank_ratio must be in (0, 1]"),
         ({"--rank-ratio": "0"}, "rank_ratio must be in (0, 1]"),
@@ -167,7 +167,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     options |= {key: places.get(value, value) for key, value in change.items()}
     first = options.pop("MODEL")
     before = sorted(tmp_path.rglob("*"))
-    code, printed, err = run(monkeypatch, capfd, "compress", first, *(word for item in options.items() for word in item))
+    code, printed, err = run(
+        monkeypatch, capfd, "compress", first, *(word for item in options.items() for word in item)
+    )
     assert code == 2
     assert printed == ""
     last = err.replace("\r", "\n").strip().splitlines()[-1]
@@ -201,9 +203,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     assert [path.name for path in tmp_path.rglob("*")] == (["out", "precious"] if existing else [])
 
 
-def test_overwriting_replaces_the_folder(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
-) -> None:
+def test_overwriting_replaces_the_folder(model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "stale").touch()

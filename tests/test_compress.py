@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_lowrank import CompressionConfig, CompressionReport, LowRankError, LowRankLinear, Statistics, compress, compute_fisher
+from hf_lowrank import (
+    CompressionConfig,
+    CompressionReport,
+    LowRankError,
+    LowRankLinear,
+    Statistics,
+    compress,
+    compute_fisher,
+)
 from hf_lowrank.allocation import uniform_ranks
 from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.targets import factorizable_linears, find_targets
@@ -28,7 +36,9 @@ METHODS = ("svd", "fwsvd", "tfwsvd")
 def fisher_of(model: PreTrainedModel) -> Statistics:
     ids = token_ids(batch=4)
     labels = torch.tensor([0, 1, 1, 0]) if "SequenceClassification" in type(model).__name__ else ids
-    return compute_fisher(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}], progress=False)
+    return compute_fisher(
+        model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}], progress=False
+    )
 
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -89,7 +99,11 @@ def test_each_method_is_best_under_its_own_weights() -> None:
         for name in find_targets(model):
             delta = (dense_weight(dense.get_submodule(name)) - dense_weight(low_rank.get_submodule(name))).detach()
             importance = fisher.mean("fisher", name)
-            figures = {"svd": delta.square(), "fwsvd": importance.sum(0) * delta.square(), "tfwsvd": importance * delta.square()}
+            figures = {
+                "svd": delta.square(),
+                "fwsvd": importance.sum(0) * delta.square(),
+                "tfwsvd": importance * delta.square(),
+            }
             errors.setdefault(name, {})[method] = {key: float(value.sum()) for key, value in figures.items()}
     for by_method in errors.values():
         for method in METHODS:

@@ -120,7 +120,7 @@ def test_tfwsvd_equals_fwsvd_when_weights_are_constant_along_rows() -> None:
 
 
 def test_tfwsvd_reaches_the_optimum_of_a_long_adam_run() -> None:
-    weight, fisher = torch.randn(24, 40), heavy_tailed(24, 40)
+    weight, fisher = torch.randn(24, 40), torch.randn(24, 40).exp()
     objective = ElementWise(fisher, max_sweeps=200, tolerance=1e-7)
     start = objective.two_sided().factorize(weight, 6)
     up, down = (f.float().clone().requires_grad_() for f in (start.balanced().up, start.balanced().down))
@@ -136,8 +136,8 @@ def test_tfwsvd_reaches_the_optimum_of_a_long_adam_run() -> None:
 def test_tolerance_and_limit_end_the_iteration() -> None:
     weight, fisher = torch.randn(24, 40), heavy_tailed(24, 40)
     assert len(ElementWise(fisher, max_sweeps=3, tolerance=0).factorize(weight, 6).trace) == 4
-    loose, tight = (len(ElementWise(fisher, 100, t).factorize(weight, 6).trace) for t in (1e-2, 1e-4))
-    assert loose < tight < 101
+    loose, tight = (len(ElementWise(fisher, 500, t).factorize(weight, 6).trace) for t in (1e-2, 1e-3))
+    assert 4 < loose < tight < 501
 
 
 @pytest.mark.parametrize("zeros", ["row", "column", "all"])
@@ -157,7 +157,7 @@ def test_balanced_factors_have_equal_spectra_and_the_same_product() -> None:
 
 
 def test_a_registry_miss_lists_the_names_and_a_second_registration_is_refused() -> None:
-    with pytest.raises(LowRankError, match="unknown method 'fsvd'.*svd, fwsvd, tfwsvd"):
+    with pytest.raises(LowRankError, match="unknown method 'fsvd'.*svd, fwsvd, fwsvd2, tfwsvd, asvd, whiten"):
         get_method("fsvd")
     with pytest.raises(ValueError, match="exists already"):
         method("svd", "", "")(lambda statistics: METHODS["svd"].objective(statistics))

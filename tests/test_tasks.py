@@ -22,7 +22,25 @@ from hf_lowrank.evaluate import evaluate
 from hf_lowrank.tasks import TASKS, encode, get_task, load_split
 from tests.helpers import bert_config
 
-WORDS = "the cat sat on a mat and ran far away new york ##s ##er john lives in".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "ran",
+    "far",
+    "away",
+    "new",
+    "york",
+    "##s",
+    "##er",
+    "john",
+    "lives",
+    "in",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +72,9 @@ COLA = {"sentence": ["the cat sat", "a mat", "the cat ran far away", "sat the on
 
 def test_scores_are_those_of_the_predictions(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = sequence_classifier(num_labels=2)
-    result = evaluate(model, tokenizer, get_task("cola"), write(tmp_path, validation=COLA), batch_size=3, progress=False)
+    result = evaluate(
+        model, tokenizer, get_task("cola"), write(tmp_path, validation=COLA), batch_size=3, progress=False
+    )
     right = 0
     for text, label in zip(COLA["sentence"], COLA["label"], strict=True):
         with torch.no_grad():
@@ -73,7 +93,9 @@ def test_a_constant_prediction_is_flagged(tmp_path: Path, tokenizer: PreTrainedT
     assert result["score"] == 0.0
 
 
-def test_labels_are_mapped_by_name_where_the_model_names_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_labels_are_mapped_by_name_where_the_model_names_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     names = {0: "contradiction", 1: "entailment", 2: "neutral"}
     config = bert_config(id2label=names, label2id={name: n for n, name in names.items()})
     rows = Dataset.from_dict({"premise": ["a", "cat", "mat"], "hypothesis": ["a", "a", "a"], "label": [0, 1, 2]})
@@ -113,14 +135,18 @@ def test_entities_are_scored_whole(tmp_path: Path, tokenizer: PreTrainedTokenize
     answers = {4 + WORDS.index(word): tag for word, tag in (("john", 1), ("in", 0), ("new", 5), ("york", 0))}
 
     def answer(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        output.logits = torch.eye(9)[torch.tensor([[answers.get(int(t), 0) for t in row] for row in kwargs["input_ids"]])]
+        output.logits = torch.eye(9)[
+            torch.tensor([[answers.get(int(t), 0) for t in row] for row in kwargs["input_ids"]])
+        ]
         return output
 
     model.register_forward_hook(answer, with_kwargs=True)
     assert evaluate(model, tokenizer, get_task("conll2003"), data, progress=False)["score"] == pytest.approx(50.0)
 
 
-def test_perplexity_is_the_exponential_of_the_mean_loss_per_token(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_perplexity_is_the_exponential_of_the_mean_loss_per_token(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     data = write(tmp_path, validation={"text": ["the cat sat", " ", "a mat and the cat"]})
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()

@@ -66,6 +66,40 @@ class ElementWise:
         return Factors(up, down, tuple((torch.stack(trace) * mean).tolist()))
 
 
+@dataclass(frozen=True)
+class Rotated:
+    """The error of another objective after a change of basis: error(Q_Lᵀ Δ Q_R), with orthogonal Q_L and Q_R.
+
+    A rotation keeps the rank, so that the factors are found there and rotated back.
+    """
+
+    objective: ElementWise
+    left: Tensor
+    right: Tensor
+
+    def error(self, delta: Tensor) -> Tensor:
+        """That of the rotated `delta` [out, in], a scalar."""
+        return self.objective.error(self._rotate(delta))
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """That of the rotated weight [min(out, in)], largest first."""
+        return self.objective.spectrum(self._rotate(weight))
+
+    def factorize(self, weight: Tensor, rank: int) -> Factors:
+        """Factors of `weight` [out, in] at `rank`."""
+        factors = self.objective.factorize(self._rotate(weight), rank)
+        return Factors(self.left @ factors.up.float(), factors.down.float() @ self.right.T, factors.trace)
+
+    def _rotate(self, matrix: Tensor) -> Tensor:
+        return self.left.T @ matrix.float() @ self.right
+
+
+def eigenbasis(left_moment: Tensor, right_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvectors of two moments [n, n], in columns, in float32: the same for the same moments."""
+    left, right = (torch.linalg.eigh(moment.double())[1].float() for moment in (left_moment, right_moment))
+    return left, right
+
+
 def _weighted(importance: Tensor, residual: Tensor) -> Tensor:
     return (importance * residual * residual).sum()
 

@@ -7,9 +7,11 @@ from typing import Protocol
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.solvers.elementwise import ElementWise
+from hf_lowrank.solvers.elementwise import ElementWise, Rotated, eigenbasis
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling
+from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling
+
+Means = dict[str, Tensor]  # of one layer, by kind, over samples
 
 
 class Objective(Protocol):
@@ -33,7 +35,7 @@ class Method:
     formula: str
     source: str
     needs: tuple[str, ...]
-    objective: Callable[[dict[str, Tensor]], Objective]
+    objective: Callable[[Means], Objective]
 
 
 METHODS: dict[str, Method] = {}
@@ -53,7 +55,7 @@ def get_method(name: str) -> Method:
 def method(name: str, formula: str, source: str, needs: tuple[str, ...] = ()) -> Callable:
     """Register the decorated function, from a layer's statistics by kind to its objective, as a method."""
 
-    def register(objective: Callable[[dict[str, Tensor]], Objective]) -> Callable[[dict[str, Tensor]], Objective]:
+    def register(objective: Callable[[Means], Objective]) -> Callable[[Means], Objective]:
         if name in METHODS:
             raise ValueError(f"a method called {name!r} exists already")
         METHODS[name] = Method(name, formula, source, needs, objective)
@@ -62,18 +64,93 @@ def method(name: str, formula: str, source: str, needs: tuple[str, ...] = ()) ->
     return register
 
 
-@method("svd", "‖W − UD‖²", "Eckart & Young (1936)")
-def svd(statistics: dict[str, Tensor]) -> Objective:
+# Damping of second moments, as shares of their mean diagonal.
+ACTIVATION_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2
+
+
+@method("svd", "‖Δ‖²", "Eckart & Young (1936)")
+def svd(statistics: Means) -> Objective:
+    """Every element counts the same."""
     return Scaled(Scaling(), Scaling())
 
 
-@method(
-    "fwsvd", "‖(W − UD) diag(√f)‖², f: Fisher information summed over outputs", "Hsu et al. (2022)", ("fisher_rows",)
-)
-def fwsvd(statistics: dict[str, Tensor]) -> Objective:
+@method("fwsvd", "‖Δ diag(√f)‖², f = Σ_out F", "FWSVD, Hsu et al. (2022)", ("fisher_rows",))
+def fwsvd(statistics: Means) -> Objective:
+    """An input counts by its Fisher information, summed over outputs."""
     return Scaled(Scaling(), DiagonalScaling(statistics["fisher_rows"]))
 
 
-@method("tfwsvd", "Σ F ∘ (W − UD)², F: Fisher information of every element", "Hua et al. (2022)", ("fisher",))
-def tfwsvd(statistics: dict[str, Tensor]) -> Objective:
+@method("fwsvd2", "‖diag(√r) Δ diag(√f)‖², r fᵀ ≈ F", "the rank-1 Fisher, in closed form", ("fisher",))
+def fwsvd2(statistics: Means) -> Objective:
+    """An element counts by the product of its row's and its column's Fisher information."""
+    return ElementWise(statistics["fisher"]).two_sided()
+
+
+@method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",))
+def tfwsvd(statistics: Means) -> Objective:
+    """Every element counts by its own Fisher information."""
     return ElementWise(statistics["fisher"])
+
+
+@method("asvd", "‖Δ diag(√a)‖², a = mean |x|", "ASVD, Yuan et al. (2023), α = 1/2", ("activation_magnitude",))
+def asvd(statistics: Means) -> Objective:
+    """An input counts by its mean magnitude."""
+    return Scaled(Scaling(), DiagonalScaling(statistics["activation_magnitude"]))
+
+
+@method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", ("activation_moment",))
+def whiten(statistics: Means) -> Objective:
+    """The change of the layer's output counts, over the inputs that occur."""
+    return Scaled(Scaling(), _inputs(statistics))
+
+
+@method(
+    "whiten-diag",
+    "E‖diag(√γ) Δ x‖², γ = E g²",
+    "whitening × output gradients",
+    ("activation_moment", "gradient_moment"),
+)
+def whiten_diag(statistics: Means) -> Objective:
+    """As `whiten`, each output weighted by its mean squared gradient."""
+    return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs(statistics))
+
+
+@method(
+    "kfac",
+    "E[tr Δᵀ G Δ A], G = E g gᵀ, A = E x xᵀ",
+    "K-FAC, Martens & Grosse (2015)",
+    ("activation_moment", "gradient_moment", "active_tokens"),
+)
+def kfac(statistics: Means) -> Objective:
+    """The expected squared change of the loss, with inputs and output gradients taken as independent."""
+    tokens = statistics["active_tokens"].clamp_min(1)  # in a sample: A is per token, G per sample
+    inputs = WhiteningScaling(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)
+    return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), inputs)
+
+
+@method(
+    "gfwsvd",
+    "tr Δᵀ B Δ A, A ⊗ B the nearest Kronecker product to E[vec G_n vec G_nᵀ]",
+    "GFWSVD, Chekalina et al. (2025)",
+    ("kronecker_in", "kronecker_out"),
+)
+def gfwsvd(statistics: Means) -> Objective:
+    """As `kfac`, with the factors that come closest to the Fisher information of whole samples."""
+    inputs = WhiteningScaling(statistics["kronecker_in"], ACTIVATION_DAMPING)
+    return Scaled(WhiteningScaling(statistics["kronecker_out"], GRADIENT_DAMPING), inputs)
+
+
+@method(
+    "ekfac",
+    "Σ F' ∘ (Q_Gᵀ Δ Q_A)², F' = E (Q_Gᵀ G_n Q_A)²",
+    "EK-FAC, George et al. (2018)",
+    ("activation_moment", "gradient_moment", "fisher_in_eigenbasis"),
+)
+def ekfac(statistics: Means) -> Objective:
+    """Every element counts by its own Fisher information, in the basis where inputs and gradients are uncorrelated."""
+    basis = eigenbasis(statistics["gradient_moment"], statistics["activation_moment"])
+    return Rotated(ElementWise(statistics["fisher_in_eigenbasis"]), *basis)
+
+
+def _inputs(statistics: Means) -> Scaling:
+    return WhiteningScaling(statistics["activation_moment"], ACTIVATION_DAMPING)

@@ -12,7 +12,7 @@ FLOOR = 1e-8
 
 
 class Scaling:
-    """A symmetric positive matrix S, by which one side of a weight is multiplied. This one is the identity."""
+    """An invertible matrix S, by which one side of a weight is multiplied. This one is the identity."""
 
     def apply(self, matrix: Tensor) -> Tensor:
         """S @ matrix."""
@@ -41,11 +41,37 @@ class DiagonalScaling(Scaling):
         return matrix / self.root
 
 
+class WhiteningScaling(Scaling):
+    """S with SᵀS = M + damping · mean(diag M) · I, for a second moment M [n, n]: the transposed Cholesky factor.
+
+    The damping is relative to the scale of M, so that any moment, rank-deficient ones included, can be whitened.
+    """
+
+    def __init__(self, moment: Tensor, damping: float) -> None:
+        moment = moment.double()
+        mean = moment.diagonal().mean()
+        mean = torch.where(mean > 0, mean, 1.0)  # all zero: nothing is more important than the rest
+        moment = (moment + moment.T) / 2
+        moment.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+        while failed:  # rounding made it indefinite
+            damping = max(10 * damping, 1e-10)
+            moment.diagonal().add_(damping * mean)
+            lower, failed = torch.linalg.cholesky_ex(moment)
+        self.upper = lower.T
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self.upper @ matrix
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.upper, matrix.to(self.upper.dtype), upper=True)
+
+
 @dataclass(frozen=True)
 class Scaled:
-    """error(Δ) = ‖L Δ R‖²_F, with L scaling the outputs and R the inputs.
+    """error(Δ) = ‖L Δ Rᵀ‖²_F, with L scaling the outputs and R the inputs.
 
-    By Eckart and Young (1936) the least error at a rank is the sum of the squared singular values of L W R from that
+    By Eckart and Young (1936) the least error at a rank is the sum of the squared singular values of L W Rᵀ from that
     rank on, and is attained by undoing the scalings of its truncated SVD.
     """
 
@@ -53,11 +79,11 @@ class Scaled:
     right: Scaling
 
     def error(self, delta: Tensor) -> Tensor:
-        """‖L Δ R‖²_F of a `delta` [out, in], a scalar."""
+        """‖L Δ Rᵀ‖²_F of a `delta` [out, in], a scalar."""
         return self._scale(delta).square().sum()
 
     def spectrum(self, weight: Tensor) -> Tensor:
-        """The squared singular values of L W R [min(out, in)], largest first."""
+        """The squared singular values of L W Rᵀ [min(out, in)], largest first."""
         scaled = self._scale(weight)
         gram = scaled @ scaled.T if scaled.shape[0] <= scaled.shape[1] else scaled.T @ scaled
         return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)

@@ -13,7 +13,7 @@ from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.progress import bar
 from hf_lowrank.statistics.container import Statistics, digest
 from hf_lowrank.statistics.hooks import Recorder, measuring
-from hf_lowrank.statistics.kinds import KINDS
+from hf_lowrank.statistics.kinds import KINDS, passes
 from hf_lowrank.statistics.losses import Batch, NotSeparable, SampleLosses, own_loss, sample_losses
 from hf_lowrank.targets import check_weights, find_targets
 
@@ -47,7 +47,9 @@ def compute_statistics(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`, in one pass.
+    """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
+
+    One pass measures them all, apart from the few that others must precede (see `passes`): a second one.
 
     The unit is a sample's own task loss: its mean over its own labelled tokens, dropout off. Batches only save time:
     the first one is checked against its samples taken alone, and where a model mixes samples or has a loss of
@@ -67,21 +69,29 @@ def compute_statistics(
         raise LowRankError(f"unknown statistic {unknown[0]!r}; there are {', '.join(KINDS)}")
     targets = find_targets(model, include, exclude)
     check_weights(targets)
-    run = _Pass(model, targets, kinds)
-    with bar("statistics", _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
-        for batch in loader:
-            run.add(batch)
-            shown.update(run.samples - shown.n)
-    if run.samples == 0:
-        raise LowRankError("there are no samples to measure statistics on")
-    return run.result(origin or {}, accelerator)
+    plan = passes(kinds)
+    measured = None
+    for number, part in enumerate(plan, 1):
+        title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {len(plan)}"
+        run = _Pass(model, targets, part, measured)
+        with bar(title, _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
+            for batch in loader:
+                run.add(batch)
+                shown.update(run.samples - shown.n)
+        result = run.result(origin or {}, accelerator)
+        measured = result if measured is None else measured.joined(result)
+    assert measured is not None
+    return measured
 
 
 class _Pass:
     """The state of one pass: the sums so far, and how samples are fed to the model."""
 
-    def __init__(self, model: PreTrainedModel, targets: dict[str, nn.Module], kinds: Sequence[str]) -> None:
-        self.model, self.targets, self.kinds = model, targets, kinds
+    def __init__(
+        self, model: PreTrainedModel, targets: dict[str, nn.Module], kinds: Sequence[str], given: Statistics | None
+    ) -> None:
+        self.model, self.targets, self.kinds, self.given = model, targets, kinds, given
+        self.contexts: dict[tuple[str, str], Any] = {}
         self.losses: SampleLosses | None = None  # decided on the first batch; own_loss means one sample at a time
         self.sums = self._empty(kinds)
         self.samples = self.tokens = 0
@@ -106,10 +116,21 @@ class _Pass:
         self.finite[name] = torch.isfinite(g).flatten(1).all(dim=1)
         x, g = x.float(), g.float()
         for kind in self.kinds:
-            KINDS[kind].add(self.sums[kind][name], x, g)
+            KINDS[kind].add(self.sums[kind][name], x, g, self._context(kind, name))
+
+    def _context(self, kind: str, name: str) -> Any:
+        """What an earlier pass knows that this kind needs, prepared once for each layer."""
+        prepare = KINDS[kind].context
+        if prepare is None or self.given is None:
+            return None
+        if (kind, name) not in self.contexts:
+            self.contexts[kind, name] = prepare(*(self.given.mean(need, name) for need in KINDS[kind].needs))
+        return self.contexts[kind, name]
 
     def result(self, origin: dict[str, Any], accelerator: Accelerator | None) -> Statistics:
         """The statistics of all processes together."""
+        if self.samples == 0:
+            raise LowRankError("there are no samples to measure statistics on")
         counts = torch.tensor([self.samples, self.tokens], device=self.model.device)
         if accelerator is not None and accelerator.num_processes > 1:
             counts = accelerator.reduce(counts, "sum")

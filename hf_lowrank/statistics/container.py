@@ -37,6 +37,10 @@ class Statistics:
         """The kinds that were measured."""
         return tuple(self.sums)
 
+    def joined(self, other: "Statistics") -> "Statistics":
+        """These and the kinds of `other`, which was measured on the same samples."""
+        return Statistics(self.sums | other.sums, self.samples, self.tokens, self.weights, self.origin)
+
     def has(self, kind: str) -> bool:
         """Whether `mean` can answer for a kind."""
         return kind in self.sums or (kind == "fisher_rows" and "fisher" in self.sums)

@@ -4,10 +4,14 @@ The gradient of sample n's own loss by the weight is G_n = Σ_t g_t x_tᵀ [out,
 place, in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from hf_lowrank.solvers.elementwise import eigenbasis
 
 # Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26
@@ -15,15 +19,21 @@ BATCH_ELEMENTS = 2**26
 
 @dataclass(frozen=True)
 class Kind:
-    """One statistic: its unit, its shape for a weight [out, in], and the function that adds a batch to its sum."""
+    """One statistic: its unit, its shape for a weight [out, in], and the function that adds a batch to its sum.
+
+    `add` takes the sum, x, g and a context; `context` makes that once for each layer from the means of the kinds in
+    `needs`, which an earlier pass over the data has measured.
+    """
 
     name: str
     unit: str
     shape: Callable[[int, int], tuple[int, ...]]
-    add: Callable[[Tensor, Tensor, Tensor], None]
+    add: Callable[[Tensor, Tensor, Tensor, Any], None]
+    needs: tuple[str, ...] = ()
+    context: Callable[..., Any] | None = None
 
 
-def add_fisher(total: Tensor, x: Tensor, g: Tensor) -> None:
+def add_fisher(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [out, in] += Σ_n G_n²: the empirical Fisher information of every weight."""
     chunk = 1 if x.device.type == "cpu" else max(1, BATCH_ELEMENTS // total.numel())
     for x_n, g_n in zip(x.split(chunk), g.split(chunk), strict=True):
@@ -34,7 +44,7 @@ def add_fisher(total: Tensor, x: Tensor, g: Tensor) -> None:
             total += (g_n.mT @ x_n).square_().sum(dim=0)
 
 
-def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor) -> None:
+def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [in] += Σ_n Σ_out G_n²: what FWSVD pools, one number for each input feature.
 
     Σ_out (Σ_t g_t x_t)² = Σ_t x_t ⊙ (g gᵀ x)_t needs only the [tokens, tokens] Gram matrix of g, which is cheaper than
@@ -48,10 +58,112 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor) -> None:
             total += (g_n.T @ x_n).square_().sum(dim=0)
 
 
+def add_activation_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+    """total [in, in] += Σ x xᵀ over the active tokens: those whose output the loss depends on.
+
+    Padding is never active, nor is a position that no head reads, such as all but the first in a classifier's last layer.
+    """
+    active = x.flatten(0, 1) * _active(g).flatten()[:, None]
+    total.addmm_(active.T, active)
+
+
+def add_activation_magnitude(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+    """total [in] += Σ |x| over the active tokens."""
+    total += (x.abs() * _active(g)[..., None]).sum(dim=(0, 1))
+
+
+def add_active_tokens(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+    """total [] += the number of active tokens."""
+    total += _active(g).sum()
+
+
+def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+    """total [out, out] += Σ g gᵀ over tokens."""
+    flat = g.flatten(0, 1)
+    total.addmm_(flat.T, flat)
+
+
+def add_kronecker_in(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
+    """total [in, in] += Σ_n G_nᵀ B G_n for the current output factor B [out, out] = `context`."""
+    total += (x.mT @ ((g @ context @ g.mT) @ x)).sum(dim=0)
+
+
+def add_kronecker_out(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
+    """total [out, out] += Σ_n G_n A G_nᵀ for the current input factor A [in, in] = `context`."""
+    total += (g.mT @ ((x @ context @ x.mT) @ g)).sum(dim=0)
+
+
+def add_fisher_in_eigenbasis(total: Tensor, x: Tensor, g: Tensor, context: tuple[Tensor, Tensor]) -> None:
+    """total [out, in] += Σ_n (Q_Gᵀ G_n Q_A)², for the eigenvectors (Q_G [out, out], Q_A [in, in]) = `context`."""
+    add_fisher(total, x @ context[1], g @ context[0])
+
+
+def _active(g: Tensor) -> Tensor:
+    """1 where the loss depends on a token and 0 elsewhere [batch, tokens]."""
+    return (g != 0).any(dim=-1).to(g.dtype)
+
+
+def _out_in(out_features: int, in_features: int) -> tuple[int, ...]:
+    return (out_features, in_features)
+
+
+def _in_in(out_features: int, in_features: int) -> tuple[int, ...]:
+    return (in_features, in_features)
+
+
+def _out_out(out_features: int, in_features: int) -> tuple[int, ...]:
+    return (out_features, out_features)
+
+
+def _in(out_features: int, in_features: int) -> tuple[int, ...]:
+    return (in_features,)
+
+
+def _normalised(moment: Tensor) -> Tensor:
+    """A factor at unit mean diagonal: power iteration needs its direction only."""
+    return moment / moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+
+
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("fisher", "(loss / weight)², sum over samples", lambda out, in_: (out, in_), add_fisher),
-        Kind("fisher_rows", "(loss / weight)², sum over outputs and samples", lambda out, in_: (in_,), add_fisher_rows),
+        Kind("fisher", "(loss / weight)², sum over samples", _out_in, add_fisher),
+        Kind("fisher_rows", "(loss / weight)², sum over outputs and samples", _in, add_fisher_rows),
+        Kind("activation_moment", "input², sum over active tokens", _in_in, add_activation_moment),
+        Kind("activation_magnitude", "|input|, sum over active tokens", _in, add_activation_magnitude),
+        Kind("active_tokens", "tokens", lambda out_features, in_features: (), add_active_tokens),
+        Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment),
+        Kind(
+            "kronecker_in",
+            "(loss / weight)², up to scale, sum over samples",
+            _in_in,
+            add_kronecker_in,
+            ("gradient_moment",),
+            _normalised,
+        ),
+        Kind(
+            "kronecker_out",
+            "(loss / weight)², up to scale, sum over samples",
+            _out_out,
+            add_kronecker_out,
+            ("activation_moment",),
+            _normalised,
+        ),
+        Kind(
+            "fisher_in_eigenbasis",
+            "(loss / rotated weight)², sum over samples",
+            _out_in,
+            add_fisher_in_eigenbasis,
+            ("gradient_moment", "activation_moment"),
+            eigenbasis,
+        ),
     )
 }
+
+
+def passes(kinds: Sequence[str]) -> list[tuple[str, ...]]:
+    """The kinds to measure in the first pass over the data and, where some of them need others, in the second."""
+    second = tuple(dict.fromkeys(kind for kind in kinds if KINDS[kind].needs))
+    needed = [need for kind in second for need in KINDS[kind].needs]
+    first = tuple(dict.fromkeys([*(kind for kind in kinds if kind not in second), *needed]))
+    return [each for each in (first, second) if each]
