@@ -25,8 +25,8 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
 
-  fisher         compute_fisher / an ordinary training pass, and / one sample at a time    about 4 minutes
-  solver         TFWSVD's solver against Adam from the same start                          about 3 minutes
+  fisher         compute_fisher / an ordinary training pass, and / one sample at a time    about 8 minutes
+  solver         TFWSVD's solver against Adam from the same start                          about a minute
   truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
   layer          LowRankLinear against nn.Linear                                           under a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes

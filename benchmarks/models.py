@@ -41,7 +41,7 @@ def _batch(lengths: torch.Tensor, vocabulary: int, generator: torch.Generator) -
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """A weight [rows, columns] with a singular spectrum like those of trained encoders: slow decay, no gap, a low end."""
+    """A weight [rows, columns] with a singular spectrum like those of trained encoders: slow decay and no gap."""
     generator = torch.Generator().manual_seed(seed)
     rank = min(rows, columns)
     left = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q

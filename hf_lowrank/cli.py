@@ -15,6 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from hf_lowrank.allocation import ALLOCATIONS
 from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.demo import results_table, run_demo
@@ -95,6 +96,10 @@ def compress_command(
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the ranks to keep, rank / min(in, out), in (0, 1].")
     ] = 0.33,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help=f"Spread of ranks over layers at equal size: {', '.join(ALLOCATIONS)}. Default: by method."),
+    ] = None,
     data_dir: DataOption = None,
     samples: SamplesOption = 512,
     batch_size: BatchOption = 16,
@@ -114,7 +119,7 @@ def compress_command(
     Example: hf-lowrank compress ./bert-stsb --task stsb --method tfwsvd --rank-ratio 0.33 --output ./bert-stsb-lowrank
     """
     started = time.perf_counter()
-    config = CompressionConfig(method, rank_ratio, _patterns(include), _patterns(exclude))
+    config = CompressionConfig(method, rank_ratio, allocation, _patterns(include), _patterns(exclude))
     the_task = get_task(task, max_length)
     refuse_existing(output, overwrite)
     loaded, tokenizer = load_model(model, the_task)
@@ -225,9 +230,11 @@ def inspect_command(model: ModelArgument, as_json: JsonOption = False) -> None:
 @app.command("methods")
 def methods_command() -> None:
     """List the methods: what each one minimises, what it needs, where it comes from."""
-    table = Table("method", "minimises", "needs", "source", box=None)
+    table = Table("method", "minimises", "needs", "ranks", "source", box=None, title="Δ = W − up @ down")
     for method in METHODS.values():
-        table.add_row(method.name, method.formula, ", ".join(method.needs) or "nothing", method.source)
+        table.add_row(
+            method.name, method.formula, ", ".join(method.needs) or "nothing", method.allocation, method.source
+        )
     console.print(table)
 
 

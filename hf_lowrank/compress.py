@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import saves_parameters, uniform_ranks
+from hf_lowrank.allocation import allocate, check_allocation, saves_parameters, uniform_ranks
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.modeling_lowrank import LowRankLinear, dense_weight, replace_module, to_low_rank_class
 from hf_lowrank.progress import bar
 from hf_lowrank.report import CompressionReport, LayerReport
-from hf_lowrank.solvers import Method, get_method
+from hf_lowrank.solvers import Method, Objective, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.targets import check_weights, find_targets, weight_shape
 
@@ -21,19 +21,25 @@ from hf_lowrank.targets import check_weights, find_targets, weight_shape
 class CompressionConfig:
     """How to compress: a method (see `METHODS`), the share of the ranks to keep, and which layers.
 
-    `rank_ratio` is rank / min(in, out), in (0, 1]. `include` and `exclude` are name patterns (see `find_targets`).
+    `rank_ratio` is rank / min(in, out), in (0, 1]. `allocation` is how ranks are spread over layers (`ALLOCATIONS`), at
+    the same number of parameters; the method's own by default. `include` and `exclude` are name patterns (see
+    `find_targets`).
 
     Raises:
-        LowRankError: the method is unknown or the ratio is out of range.
+        LowRankError: the method or the allocation is unknown, or the ratio is out of range.
     """
 
     method: str = "tfwsvd"
     rank_ratio: float = 0.33
+    allocation: str | None = None
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        get_method(self.method)
+        method = get_method(self.method)
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", method.allocation)
+        check_allocation(self.allocation or "")
         uniform_ranks({}, self.rank_ratio)
 
 
@@ -65,55 +71,73 @@ def compress(
                 f"the method {method.name!r} needs statistics ({', '.join(method.needs)}); see compute_statistics"
             )
         statistics.check(targets, method.needs)
-    ranks = uniform_ranks(targets, config.rank_ratio)
     before, started = model.num_parameters(), time.perf_counter()
+    job = _Job(model, targets, method, statistics)
+    ranks = allocate(targets, config.rank_ratio, config.allocation or "uniform", job.spectrum)
     model = to_low_rank_class(model)
     layers = []
     with bar(f"factorizing by {method.name}", len(targets), "layers", progress) as shown:
-        for name, linear in targets.items():
-            layers.append(_factorize_layer(model, name, linear, ranks[name], method, statistics))
+        for name, rank in ranks.items():
+            layers.append(job.factorize(name, rank))
             shown.update()
-    described = (
-        {"samples": statistics.samples, "origin": statistics.origin} if statistics is not None and method.needs else {}
-    )
-    report = CompressionReport(
-        asdict(config), before, model.num_parameters(), time.perf_counter() - started, tuple(layers), described
-    )
+    described = {}
+    if statistics is not None and method.needs:
+        described = {"samples": statistics.samples, "origin": statistics.origin}
+    seconds = time.perf_counter() - started
+    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, tuple(layers), described)
     return model, report
 
 
-@torch.no_grad()
-def _factorize_layer(
-    model: PreTrainedModel, name: str, linear: nn.Module, rank: int, method: Method, statistics: Statistics | None
-) -> LayerReport:
-    started = time.perf_counter()
-    out_features, in_features = weight_shape(linear)
-    parameters = out_features * in_features
-    if not saves_parameters(out_features, in_features, rank):
+@dataclass(frozen=True)
+class _Job:
+    """One layer after the other: its weight and statistics → its objective → its spectrum or factors."""
+
+    model: PreTrainedModel
+    targets: dict[str, nn.Module]
+    method: Method
+    statistics: Statistics | None
+
+    def spectrum(self, name: str) -> Tensor:
+        """What each direction of a layer costs when discarded, largest first."""
+        weight = _weight(self.targets[name])
+        return self._objective(name, weight.device).spectrum(weight)
+
+    @torch.no_grad()
+    def factorize(self, name: str, rank: int) -> LayerReport:
+        """Replace a layer by its factors, unless they save nothing."""
+        started = time.perf_counter()
+        linear = self.targets[name]
+        shape = weight_shape(linear)
+        parameters = shape[0] * shape[1]
+        if not saves_parameters(shape, rank):
+            return LayerReport(name, *shape, None, parameters, parameters, note=f"rank {rank} saves nothing")
+        weight = _weight(linear)
+        objective = self._objective(name, weight.device)
+        factors = objective.factorize(weight, rank)
+        balanced = factors.balanced()
+        low_rank = LowRankLinear.from_factors(linear, balanced.up, balanced.down)
+        delta = weight - low_rank.up.weight.float() @ low_rank.down.weight.float()  # the factors as they are stored
+        replace_module(self.model, name, low_rank)
         return LayerReport(
-            name, out_features, in_features, None, parameters, parameters, note=f"rank {rank} saves nothing"
+            name,
+            *shape,
+            rank,
+            parameters,
+            rank * sum(shape),
+            relative_error=_root_ratio(delta.square().sum(), weight.square().sum()),
+            weighted_error=_root_ratio(objective.error(delta), objective.error(weight)),
+            seconds=time.perf_counter() - started,
+            trace=factors.trace,
         )
-    weight = dense_weight(linear).detach().float()
-    objective = method.objective(
-        {kind: statistics.mean(kind, name).to(weight.device) for kind in method.needs} if statistics else {}
-    )
-    factors = objective.factorize(weight, rank)
-    balanced = factors.balanced()
-    low_rank = LowRankLinear.from_factors(linear, balanced.up, balanced.down)
-    delta = weight - low_rank.up.weight.float() @ low_rank.down.weight.float()  # the factors as they are stored
-    replace_module(model, name, low_rank)
-    return LayerReport(
-        name,
-        out_features,
-        in_features,
-        rank,
-        parameters,
-        rank * (out_features + in_features),
-        relative_error=_root_ratio(delta.square().sum(), weight.square().sum()),
-        weighted_error=_root_ratio(objective.error(delta), objective.error(weight)),
-        seconds=time.perf_counter() - started,
-        trace=factors.trace,
-    )
+
+    def _objective(self, name: str, device: torch.device) -> Objective:
+        if self.statistics is None:
+            return self.method.objective({})
+        return self.method.objective({kind: self.statistics.mean(kind, name).to(device) for kind in self.method.needs})
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return dense_weight(linear).detach().float()
 
 
 def _root_ratio(error: Tensor, whole: Tensor) -> float:

@@ -54,7 +54,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *wor
     monkeypatch.setattr(sys, "argv", ["hf-lowrank", *map(str, words)])
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
-        raise SystemExit(0)
     out, err = capfd.readouterr()
     return int(exit_info.value.code or 0), out, err
 

@@ -197,5 +197,5 @@ def test_bad_input_is_refused_before_anything_is_edited() -> None:
 
 
 def test_uniform_ranks_are_shares_of_the_smaller_side() -> None:
-    ranks = uniform_ranks({"a": torch.nn.Linear(384, 1536), "b": torch.nn.Linear(10, 3)}, 0.33)
+    ranks = uniform_ranks({"a": (384, 1536), "b": (10, 3)}, 0.33)
     assert ranks == {"a": 127, "b": 1}

@@ -7,6 +7,6 @@ are found by iteration (`elementwise.py`).
 """
 
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.methods import METHODS, Method, get_method
+from hf_lowrank.solvers.methods import METHODS, Method, Objective, get_method
 
-__all__ = ["METHODS", "Factors", "Method", "get_method"]
+__all__ = ["METHODS", "Factors", "Method", "Objective", "get_method"]

@@ -29,12 +29,17 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A member of the family: its objective as a formula, its source, and the statistics it needs."""
+    """A member of the family: its objective as a formula, its source, and the statistics it needs.
+
+    `allocation` is how ranks are spread over layers unless said otherwise: greedily where the objective is in units of
+    loss, so that layers can be compared, and uniformly elsewhere, as in the papers.
+    """
 
     name: str
     formula: str
     source: str
     needs: tuple[str, ...]
+    allocation: str
     objective: Callable[[Means], Objective]
 
 
@@ -52,13 +57,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def method(name: str, formula: str, source: str, needs: tuple[str, ...] = ()) -> Callable:
+def method(name: str, formula: str, source: str, needs: tuple[str, ...] = (), allocation: str = "uniform") -> Callable:
     """Register the decorated function, from a layer's statistics by kind to its objective, as a method."""
 
     def register(objective: Callable[[Means], Objective]) -> Callable[[Means], Objective]:
         if name in METHODS:
             raise ValueError(f"a method called {name!r} exists already")
-        METHODS[name] = Method(name, formula, source, needs, objective)
+        METHODS[name] = Method(name, formula, source, needs, allocation, objective)
         return objective
 
     return register
@@ -101,18 +106,19 @@ def asvd(statistics: Means) -> Objective:
 @method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", ("activation_moment",))
 def whiten(statistics: Means) -> Objective:
     """The change of the layer's output counts, over the inputs that occur."""
-    return Scaled(Scaling(), _inputs(statistics))
+    return Scaled(Scaling(), WhiteningScaling(statistics["activation_moment"], ACTIVATION_DAMPING))
 
 
 @method(
     "whiten-diag",
     "E‖diag(√γ) Δ x‖², γ = E g²",
     "whitening × output gradients",
-    ("activation_moment", "gradient_moment"),
+    ("activation_moment", "gradient_moment", "active_tokens"),
+    "greedy",
 )
 def whiten_diag(statistics: Means) -> Objective:
     """As `whiten`, each output weighted by its mean squared gradient."""
-    return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs(statistics))
+    return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs_per_token(statistics))
 
 
 @method(
@@ -120,12 +126,11 @@ def whiten_diag(statistics: Means) -> Objective:
     "E[tr Δᵀ G Δ A], G = E g gᵀ, A = E x xᵀ",
     "K-FAC, Martens & Grosse (2015)",
     ("activation_moment", "gradient_moment", "active_tokens"),
+    "greedy",
 )
 def kfac(statistics: Means) -> Objective:
     """The expected squared change of the loss, with inputs and output gradients taken as independent."""
-    tokens = statistics["active_tokens"].clamp_min(1)  # in a sample: A is per token, G per sample
-    inputs = WhiteningScaling(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)
-    return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), inputs)
+    return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), _inputs_per_token(statistics))
 
 
 @method(
@@ -145,6 +150,7 @@ def gfwsvd(statistics: Means) -> Objective:
     "Σ F' ∘ (Q_Gᵀ Δ Q_A)², F' = E (Q_Gᵀ G_n Q_A)²",
     "EK-FAC, George et al. (2018)",
     ("activation_moment", "gradient_moment", "fisher_in_eigenbasis"),
+    "greedy",
 )
 def ekfac(statistics: Means) -> Objective:
     """Every element counts by its own Fisher information, in the basis where inputs and gradients are uncorrelated."""
@@ -152,5 +158,7 @@ def ekfac(statistics: Means) -> Objective:
     return Rotated(ElementWise(statistics["fisher_in_eigenbasis"]), *basis)
 
 
-def _inputs(statistics: Means) -> Scaling:
-    return WhiteningScaling(statistics["activation_moment"], ACTIVATION_DAMPING)
+def _inputs_per_token(statistics: Means) -> Scaling:
+    """A = E x xᵀ over tokens; with G added up over a sample's tokens, errors are in units of loss."""
+    tokens = statistics["active_tokens"].clamp_min(1)
+    return WhiteningScaling(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)

@@ -61,7 +61,7 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) ->
 def add_activation_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [in, in] += Σ x xᵀ over the active tokens: those whose output the loss depends on.
 
-    Padding is never active, nor is a position that no head reads, such as all but the first in a classifier's last layer.
+    Padding is never active, nor is a position that no head reads, such as all but the first in a last layer.
     """
     active = x.flatten(0, 1) * _active(g).flatten()[:, None]
     total.addmm_(active.T, active)
