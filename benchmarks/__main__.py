@@ -81,6 +81,13 @@ def _run(name: str, options: Options, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, it is {number}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -89,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each competitor takes (default: 5)")
+    parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="turns that each competitor takes (default: 5)")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )

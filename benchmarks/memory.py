@@ -74,7 +74,7 @@ def _row(name: str, figures: dict[str, float]) -> Row:
 
 
 def measure() -> dict[str, float]:
-    """MiB of the model, the statistics, a layer and its workspace, and of the process before, at the peak, and after."""
+    """MiB of the model, the statistics and a layer, and of the process before, at the peak, and after."""
     once = warm_up()
     model = random_bert(LAYERS, HIDDEN)
     targets = find_targets(model)

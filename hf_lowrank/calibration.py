@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,8 @@ def calibration_loader(
 ) -> DataLoader:
     """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
 
-    Longest first: batches need little padding, memory is highest at once, and the time left is never underestimated.
+    Under several processes each gets its own share. Longest first: batches need little padding, memory is highest at
+    once, and the time left is never underestimated.
 
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
@@ -27,4 +29,6 @@ def calibration_loader(
     rows = load_split(task, "train", data_dir).shuffle(seed=seed)
     chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
-    return DataLoader(longest_first, batch_size=batch_size, collate_fn=collator(task, tokenizer))
+    state = PartialState()
+    share = longest_first.shard(state.num_processes, state.process_index)  # no row twice, none left out
+    return DataLoader(share, batch_size=batch_size, collate_fn=collator(task, tokenizer))

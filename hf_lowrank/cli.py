@@ -65,7 +65,8 @@ ExcludeOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 
-console = Console(width=None if sys.stdout.isatty() else 140)  # a file or pipe is not 80 columns wide
+# Formulas and names hold brackets, so no markup; a file or a pipe is not 80 columns wide.
+console = Console(markup=False, width=None if sys.stdout.isatty() else 140)
 
 
 @app.command("demo")
@@ -81,7 +82,7 @@ def demo_command(
         return _print_json(record)
     console.print(results_table(record))
     console.print(
-        f"the best is saved in [bold]{output}[/bold], and scores the same after AutoModel loaded it back; "
+        f"the best is saved in {output}, and scores the same after AutoModel loaded it back; "
         f"{record['seconds']:.0f} s in all. Look into it with: hf-lowrank inspect {output}",
         highlight=False,
     )
@@ -204,10 +205,10 @@ def evaluate_command(
     )
     for key, value in result.items():
         if key not in ("score", "degenerate"):
-            table.add_row(key, f"[bold]{value:.2f}[/bold] (score)" if key == the_task.score else f"{value:.4g}")
+            table.add_row(key, f"{value:.2f} (score)" if key == the_task.score else f"{value:.4g}")
     console.print(table)
     if result.get("degenerate"):
-        console.print("[bold]warning[/bold]: every prediction is the same; the model has collapsed")
+        console.print("warning: every prediction is the same; the model has collapsed")
 
 
 @app.command("inspect")
@@ -216,7 +217,7 @@ def inspect_command(model: ModelArgument, as_json: JsonOption = False) -> None:
     facts = inspect(model)
     if as_json:
         return _print_json(facts)
-    console.print(f"[bold]{facts['architecture']}[/bold], {facts['dtype']}, {facts['bytes'] / 1e6:.1f} MB of weights")
+    console.print(f"{facts['architecture']}, {facts['dtype']}, {facts['bytes'] / 1e6:.1f} MB of weights")
     share = facts["parameters"] / facts["parameters_dense"]
     console.print(f"{facts['parameters']:,} parameters, {share:.1%} of the dense model's {facts['parameters_dense']:,}")
     if record := facts["record"]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.progress import bar
-from hf_lowrank.tasks import IGNORED, Task, collator, encode, label_ids_of, load_split
+from hf_lowrank.tasks import IGNORED, Task, collator, label_ids_of, load_validation
 
 
 def evaluate(
@@ -32,10 +32,20 @@ def evaluate(
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
     """
-    results = []
-    for split in task.validation:
-        rows = encode(load_split(task, split, data_dir), task, tokenizer, model.config)
-        results.append(evaluate_rows(model, tokenizer, task, rows, batch_size, progress))
+    validation = load_validation(task, data_dir, tokenizer, model.config)
+    return evaluate_splits(model, tokenizer, task, validation, batch_size, progress)
+
+
+def evaluate_splits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    validation: Sequence[Dataset],
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """As `evaluate`, over splits that are encoded already (`load_validation`)."""
+    results = [evaluate_rows(model, tokenizer, task, rows, batch_size, progress) for rows in validation]
     return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
 

@@ -189,6 +189,13 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     return rows
 
 
+def load_validation(
+    task: Task, data_dir: Path | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> list[Dataset]:
+    """The encoded rows of every validation split of the task."""
+    return [encode(load_split(task, split, data_dir), task, tokenizer, config) for split in task.validation]
+
+
 def _local_files(folder: Path, split: str) -> tuple[str, list[str]]:
     for suffix, file_format in FILE_FORMATS.items():
         files = sorted(str(path) for path in folder.glob(f"{split}*.{suffix}"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_lowrank import cli
+from hf_lowrank import Statistics, cli
 from tests.helpers import bert_config
 
 WORDS = [f"w{n}" for n in range(40)]
@@ -210,6 +210,34 @@ def test_overwriting_replaces_the_folder(model: Path, data: Path, tmp_path: Path
     assert run(monkeypatch, capfd, *words, "--overwrite")[0] == 0
     assert not (out / "stale").exists()
     assert (out / "model.safetensors").is_file()
+
+
+def test_two_processes_measure_what_one_does(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    words = ["statistics", str(model), "--task", "cola", "--data-dir", str(data), "--samples", "23", "--output"]
+    assert run(monkeypatch, capfd, *words, tmp_path / "one")[0] == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [*launch, "-m", "hf_lowrank", *words, str(tmp_path / "two")], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("saved to") == 1
+    one, two = (Statistics.load(tmp_path / name) for name in ("one", "two"))
+    assert one.samples == two.samples == 23
+    assert one.tokens == two.tokens
+    for name, total in one.sums["fisher"].items():
+        torch.testing.assert_close(two.sums["fisher"][name], total, rtol=1e-4, atol=1e-6 * float(total.max()))
 
 
 def test_help_teaches_and_the_module_runs() -> None:

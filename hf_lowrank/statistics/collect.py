@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,7 +45,6 @@ def compute_statistics(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     origin: dict[str, Any] | None = None,
-    accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
@@ -59,7 +59,6 @@ def compute_statistics(
         loader: batches as keyword arguments of the model, with labels; their size may vary. With several processes
             each one gives its own share, and the sums are added over processes at the end.
         origin: plain facts kept with the result (model, task, data, seed).
-        accelerator: needed only where several processes take part.
 
     Raises:
         LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite.
@@ -78,7 +77,7 @@ def compute_statistics(
             for batch in loader:
                 run.add(batch)
                 shown.update(run.samples - shown.n)
-        result = run.result(origin or {}, accelerator)
+        result = run.result(origin or {})
         measured = result if measured is None else measured.joined(result)
     assert measured is not None
     return measured
@@ -127,16 +126,14 @@ class _Pass:
             self.contexts[kind, name] = prepare(*(self.given.mean(need, name) for need in KINDS[kind].needs))
         return self.contexts[kind, name]
 
-    def result(self, origin: dict[str, Any], accelerator: Accelerator | None) -> Statistics:
+    def result(self, origin: dict[str, Any]) -> Statistics:
         """The statistics of all processes together."""
-        if self.samples == 0:
-            raise LowRankError("there are no samples to measure statistics on")
         counts = torch.tensor([self.samples, self.tokens], device=self.model.device)
-        if accelerator is not None and accelerator.num_processes > 1:
-            counts = accelerator.reduce(counts, "sum")
-            for by_name in self.sums.values():
-                for name, total in by_name.items():
-                    by_name[name] = accelerator.reduce(total, "sum")
+        if PartialState().num_processes > 1:
+            counts = reduce(counts, "sum")
+            self.sums = reduce(self.sums, "sum")
+        if counts[0] == 0:
+            raise LowRankError("there are no samples to measure statistics on")
         weights = {name: digest(module) for name, module in self.targets.items()}
         return Statistics(self.sums, int(counts[0]), int(counts[1]), weights, origin)
 
