@@ -217,7 +217,8 @@ def inspect_command(model: ModelArgument, as_json: JsonOption = False) -> None:
     facts = inspect(model)
     if as_json:
         return _print_json(facts)
-    console.print(f"{facts['architecture']}, {facts['dtype']}, {facts['bytes'] / 1e6:.1f} MB of weights")
+    size = f", {facts['bytes'] / 1e6:.1f} MB of weights" if facts["bytes"] else ""
+    console.print(f"{facts['architecture']}, {facts['dtype']}{size}")
     share = facts["parameters"] / facts["parameters_dense"]
     console.print(f"{facts['parameters']:,} parameters, {share:.1%} of the dense model's {facts['parameters_dense']:,}")
     if record := facts["record"]:

@@ -74,9 +74,12 @@ def compress(
     before, started = model.num_parameters(), time.perf_counter()
     job = _Job(model, targets, method, statistics)
     ranks = allocate(targets, config.rank_ratio, config.allocation or "uniform", job.spectrum)
-    model = to_low_rank_class(model)
+    try:
+        model = to_low_rank_class(model)
+    except ValueError as error:  # of a class that could not be found again when the saved model is loaded
+        raise LowRankError(str(error)) from error
     layers = []
-    with bar(f"factorizing by {method.name}", len(targets), "layers", progress) as shown:
+    with bar(f"factorizing by {method.name}", len(ranks), "layers", progress) as shown:
         for name, rank in ranks.items():
             layers.append(job.factorize(name, rank))
             shown.update()
@@ -104,9 +107,9 @@ class _Job:
 
     @torch.no_grad()
     def factorize(self, name: str, rank: int) -> LayerReport:
-        """Replace a layer by its factors, unless they save nothing."""
+        """Replace a layer by its factors, unless they save nothing, and let go of it."""
         started = time.perf_counter()
-        linear = self.targets[name]
+        linear = self.targets.pop(name)
         shape = weight_shape(linear)
         parameters = shape[0] * shape[1]
         if not saves_parameters(shape, rank):

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -118,6 +119,22 @@ def test_ranks_that_save_nothing_leave_the_layer_dense_and_say_so() -> None:
     assert all(layer.rank is None and layer.note == "rank 19 saves nothing" for layer in square)
     assert all(isinstance(low_rank.get_submodule(layer.name), torch.nn.Linear) for layer in square)
     assert "19 saves nothing" in str(report)
+
+
+def test_every_dense_layer_is_let_go_before_the_next_is_solved() -> None:
+    model = tiny_bert()
+    dense = [weakref.ref(module) for module in find_targets(model).values()]
+    alive: list[int] = []
+    factorize = LowRankLinear.from_factors.__func__
+
+    def count(cls: type, *arguments: torch.Tensor) -> LowRankLinear:
+        alive.append(sum(reference() is not None for reference in dense))
+        return factorize(cls, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LowRankLinear, "from_factors", classmethod(count))
+        compress(model, CompressionConfig("svd", 0.25), progress=False)
+    assert alive == list(range(12, 0, -1))
 
 
 def test_half_precision_models_keep_their_dtype() -> None:
