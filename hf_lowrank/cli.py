@@ -93,7 +93,7 @@ def compress_command(
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")],
-    method: Annotated[str, typer.Option(help="See 'hf-lowrank methods'.")] = "tfwsvd",
+    method: Annotated[str, typer.Option(help="What is minimised; 'hf-lowrank methods' lists them.")] = "kfac",
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the ranks to keep, rank / min(in, out), in (0, 1].")
     ] = 0.33,
@@ -117,7 +117,7 @@ def compress_command(
 ) -> None:
     """Compress a fine-tuned model and save it as a folder that from_pretrained loads.
 
-    Example: hf-lowrank compress ./bert-stsb --task stsb --method tfwsvd --rank-ratio 0.33 --output ./bert-stsb-lowrank
+    Example: hf-lowrank compress ./bert-stsb --task stsb --rank-ratio 0.2 --output ./bert-stsb-lowrank
     """
     started = time.perf_counter()
     config = CompressionConfig(method, rank_ratio, allocation, _patterns(include), _patterns(exclude))

@@ -29,7 +29,7 @@ class CompressionConfig:
         LowRankError: the method or the allocation is unknown, or the ratio is out of range.
     """
 
-    method: str = "tfwsvd"
+    method: str = "kfac"
     rank_ratio: float = 0.33
     allocation: str | None = None
     include: tuple[str, ...] | None = None

@@ -246,5 +246,5 @@ def test_help_teaches_and_the_module_runs() -> None:
         [sys.executable, "-m", "hf_lowrank", "compress", "--help"], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0
-    for word in ("--rank-ratio", "--data-dir", "Example:", "tfwsvd"):
+    for word in ("--rank-ratio", "--data-dir", "Example:", "kfac"):
         assert word in result.stdout

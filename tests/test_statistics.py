@@ -152,6 +152,18 @@ def test_a_model_whose_samples_meet_is_run_one_sample_at_a_time() -> None:
         torch.testing.assert_close(measured.sums["fisher"][name], total, rtol=2e-4, atol=1e-6 * float(total.max()))
 
 
+def test_a_layer_that_sees_its_tokens_in_one_row_is_run_one_sample_at_a_time() -> None:
+    model, batch = tiny_bert(num_labels=3), padded_batch(torch.tensor([0, 2, 1, 2]))
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    shape: list[torch.Size] = []
+    dense.register_forward_pre_hook(lambda module, args: shape.append(args[0].shape) or (args[0].flatten(0, 1),))
+    dense.register_forward_hook(lambda module, args, output: output.unflatten(0, shape[-1][:2]))
+    expected = naive_fisher(model, batch)
+    measured = compute_fisher(model, [batch], progress=False)
+    for name, total in expected.items():
+        torch.testing.assert_close(measured.sums["fisher"][name], total, rtol=2e-4, atol=1e-6 * float(total.max()))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_as_it_was_afterwards(fails: bool) -> None:
     model, batch = tiny_bert(num_labels=3).train(), padded_batch(torch.tensor([0, 2, 1, 2]))
@@ -198,8 +210,9 @@ def test_a_compressed_model_has_a_fisher_too() -> None:
 def test_bad_numbers_are_named() -> None:
     model, batch = tiny_bert(num_labels=1), padded_batch(torch.tensor([0.5, -1.0, 2.0, 3.0]))
     bad = batch | {"labels": torch.tensor([0.5, -1.0, float("nan"), 3.0])}
-    with pytest.raises(LowRankError, match="the loss is not finite for sample 6"):
-        compute_fisher(model, [batch, bad], progress=False)
+    for batches, number in (([batch, bad], 6), ([{key: value[1:] for key, value in bad.items()}], 1)):
+        with pytest.raises(LowRankError, match=f"the loss is not finite for sample {number}"):
+            compute_fisher(model, batches, progress=False)
     model.bert.encoder.layer[1].output.register_forward_hook(
         lambda module, args, output: (
             output.register_hook(lambda g: g * torch.tensor([1.0, 1.0, float("inf"), 1.0])[: len(g), None, None])

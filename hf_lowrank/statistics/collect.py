@@ -106,7 +106,7 @@ class _Pass:
             self.losses = self._choose_losses(batch)
         parts = [batch] if self.losses is sample_losses else list(_one_by_one(batch))
         for part in parts:
-            self._backward(part, self.losses)
+            self._backward(part, self.losses, self.samples)
             self.samples += _size(part)
         self.tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
 
@@ -137,25 +137,17 @@ class _Pass:
         weights = {name: digest(module) for name, module in self.targets.items()}
         return Statistics(self.sums, int(counts[0]), int(counts[1]), weights, origin)
 
-    def _backward(self, batch: Batch, losses_of: SampleLosses) -> None:
+    def _backward(self, batch: Batch, losses_of: SampleLosses, first: int) -> None:
+        """Deliver every layer's share of a batch, whose first sample has the number `first`."""
         self.recorder.begin_batch(_size(batch))
         self.finite.clear()
         with torch.enable_grad():
             losses = losses_of(self.model, batch)
-            self._check_finite({"the loss": torch.isfinite(losses)})
+            _check_finite({"the loss": torch.isfinite(losses)}, first)
             losses.sum().backward()
         self.recorder.end_batch()
-        self._check_finite(
-            {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
-        )
-
-    def _check_finite(self, finite: dict[str, Tensor]) -> None:
-        """Raise for the first thing [samples] that is not finite, after one synchronisation with the device."""
-        if not finite or torch.stack(list(finite.values())).all():
-            return
-        what, samples = next((what, samples) for what, samples in finite.items() if not samples.all())
-        sample = self.samples + int((~samples).nonzero()[0])
-        raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
+        gradients = {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
+        _check_finite(gradients, first)
 
     def _choose_losses(self, batch: Batch) -> SampleLosses:
         """`sample_losses` if two samples together give what the model's own loss gives alone, else `own_loss`."""
@@ -176,8 +168,8 @@ class _Pass:
         kept = self.kinds, self.sums
         self.kinds, self.sums = ["fisher_rows"], self._empty(["fisher_rows"])
         try:
-            for part in parts:
-                self._backward(part, losses_of)
+            for number, part in enumerate(parts):
+                self._backward(part, losses_of, number)
             return self.sums["fisher_rows"]
         finally:
             self.kinds, self.sums = kept
@@ -190,6 +182,15 @@ class _Pass:
                 shape = KINDS[kind].shape(*weight.shape)
                 sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
         return sums
+
+
+def _check_finite(finite: dict[str, Tensor], first: int) -> None:
+    """Raise for the first thing [samples] that is not finite, after one synchronisation with the device."""
+    if not finite or torch.stack(list(finite.values())).all():
+        return
+    what, samples = next((what, samples) for what, samples in finite.items() if not samples.all())
+    sample = first + int((~samples).nonzero()[0])
+    raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
