@@ -157,7 +157,8 @@ def statistics_command(
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the statistics go.")],
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"What to measure; may be repeated: {', '.join(KINDS)}. Default: fisher.")
+        list[str] | None,
+        typer.Option(help=f"What to measure; may be repeated: {', '.join(KINDS)}. Default: what kfac needs."),
     ] = None,
     data_dir: DataOption = None,
     samples: SamplesOption = 512,
@@ -174,7 +175,8 @@ def statistics_command(
     loaded, tokenizer = load_model(model, the_task)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
     origin = _origin(model, the_task, data_dir, seed)
-    measured = compute_statistics(loaded, loader, kind or ["fisher"], include=include, exclude=exclude, origin=origin)
+    kinds = kind or METHODS["kfac"].needs
+    measured = compute_statistics(loaded, loader, kinds, include=include, exclude=exclude, origin=origin)
     if PartialState().is_main_process:
         measured.save(output, overwrite)
         console.print(
