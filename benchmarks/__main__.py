@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks import fisher, layer, memory, solver, truncated_svd
+from benchmarks import fisher, layer, memory, quality, solver, truncated_svd
 from benchmarks.harness import Options, Result, machine_facts
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "truncated_svd": truncated_svd.run,
     "layer": layer.run,
     "memory": memory.run,
+    "quality": quality.run,
 }
 
 DESCRIPTION = """\
@@ -30,9 +31,10 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
   layer          LowRankLinear against nn.Linear                                           under a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
+  quality        score of every method at four rank ratios; needs --model                  about 10 minutes for MiniLM
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
-Nothing is downloaded: models are randomly initialised and data made up, unless --model gives solver a real one.
+Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.
 """
 
 EXAMPLES = """\
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     options = Options(given.threads, given.rounds, given.model, given.task, given.data_dir)
     try:
-        for name in given.names or BENCHMARKS:
+        for name in given.names or [name for name in BENCHMARKS if given.model or name != "quality"]:
             _run(name, options, given.output)
     except LowRankError as error:
         print(error, file=sys.stderr)
@@ -95,15 +97,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all, quality only with --model"
+    )
     parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
     parser.add_argument("--rounds", type=_positive, default=5, help="turns that each competitor takes (default: 5)")
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )
-    parser.add_argument("--model", help="solver: also real layers of this model, a folder or a name on the Hub")
-    parser.add_argument("--task", choices=list(TASKS), help="solver: what the model was fine-tuned on")
-    parser.add_argument("--data-dir", type=Path, help="solver: folder with the task's train file (default: the Hub's)")
+    parser.add_argument("--model", help="quality, and solver for real layers: a model, a folder or a name on the Hub")
+    parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with the task's train and validation files (default: the Hub's)"
+    )
     return parser
 
 

@@ -31,11 +31,7 @@ def run(options: Options) -> Result:
 
     dense = score(model)
     statistics = _statistics(options, model, tokenizer)
-    runs = [
-        (name, allocation)
-        for name, method in METHODS.items()
-        for allocation in dict.fromkeys(("uniform", method.allocation))
-    ]
+    runs = [(name, how) for name, method in METHODS.items() for how in dict.fromkeys(("uniform", method.allocation))]
     rows: list[Row] = []
     scores: dict[str, dict[str, float]] = {}
     parameters: dict[str, int] = {}
