@@ -52,7 +52,8 @@ def run(options: Options) -> Result:
         f"{task.score} on {task.name} by share of the ranks kept; dense {dense:.2f}",
         rows,
         [
-            f"Parameters: {model.num_parameters() / 1e6:.2f}M dense, {sizes}. {statistics.samples} training samples, seed 0."
+            f"Parameters: {model.num_parameters() / 1e6:.2f}M dense, {sizes}. "
+            f"Statistics of {statistics.samples} training samples, seed 0; no fine-tuning."
         ],
         {
             "model": Path(options.model).name,

@@ -10,22 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    HIDDEN,
-    RANK,
-    VOCABULARY,
-    WIDE,
-    block_linears,
-    factorize,
-    outputs,
-    tiny_albert,
-    tiny_bert,
-    tiny_gpt2,
-    tiny_llama,
-    tiny_t5,
-    token_ids,
-    truncated_svd,
-)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -51,6 +35,22 @@ import hf_lowrank.configuration_lowrank as configuration
 import hf_lowrank.modeling_lowrank as modeling
 from hf_lowrank.configuration_lowrank import LowRankConfig, config_class_for
 from hf_lowrank.modeling_lowrank import LowRankLinear, dense_weight, replace_module, to_low_rank_class
+from tests.helpers import (
+    HIDDEN,
+    RANK,
+    VOCABULARY,
+    WIDE,
+    block_linears,
+    factorize,
+    outputs,
+    tiny_albert,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    token_ids,
+    truncated_svd,
+)
 
 EVERY_MODEL = [
     pytest.param(tiny_bert, AutoModelForSequenceClassification, id="bert"),

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import factorize, outputs, tiny_bert, tiny_gpt2, token_ids
 from transformers import BertTokenizer
+
+from tests.helpers import factorize, outputs, tiny_bert, tiny_gpt2, token_ids
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,7 +11,7 @@ from hf_lowrank.solvers.optimizers.registry import Solution, Trace, register
 # Conjugate gradient steps for each half of a sweep; more of them solve the half better, but a new half pays more.
 STEPS = 2
 # The extrapolation goes this share of the last sweep's step further; more after a success, less after a failure.
-EXTRAPOLATION, GROWTH, SHRINKAGE = 0.5, 1.1, 0.5
+EXTRAPOLATION, GROWTH, SHRINKAGE = 0.7, 1.1, 0.7
 # Gram matrices are regularised relative to their own scale.
 DAMPING = 1e-6
 
@@ -96,12 +96,16 @@ def _improve_up(up: Tensor, down: Tensor, importance: Tensor, weighted: Tensor) 
     for remaining in reversed(range(STEPS)):
         change = torch.mm(direction, down, out=torch.empty_like(weighted))
         weighted_change = importance * change
-        curvature = _row_dots(weighted_change, change)
+        if remaining:
+            turn = weighted_change @ down.T  # what the gradient loses per unit step
+            curvature = _row_dots(direction, turn)
+        else:
+            curvature = _row_dots(change, weighted_change)
         alpha = torch.where(curvature > 0, norm / curvature, 0.0)
         up = torch.addcmul(up, alpha, direction)
         weighted.addcmul_(alpha, weighted_change, value=-1)
         if remaining:
-            gradient = gradient - alpha * (weighted_change @ down.T)
+            gradient = gradient - alpha * turn
             scaled = gradient * inverse
             previous, norm = norm, _row_dots(gradient, scaled)
             direction = scaled + torch.where(previous > 0, norm / previous, 0.0) * direction
