@@ -23,7 +23,9 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
     device = PartialState().device
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
-        model, info = task.auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors its own
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
