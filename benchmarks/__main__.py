@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks import fisher, layer, memory, quality, solver, truncated_svd
+from benchmarks import convergence, fisher, layer, memory, quality, solver, truncated_svd
 from benchmarks.harness import Options, Result, machine_facts
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "layer": layer.run,
     "memory": memory.run,
     "quality": quality.run,
+    "convergence": convergence.run,
 }
 
 DESCRIPTION = """\
@@ -32,6 +33,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   layer          LowRankLinear against nn.Linear                                           under a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   quality        score of every method at four rank ratios; needs --model                  about 10 minutes for MiniLM
+  convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
 Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.
@@ -56,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     disable_progress_bar()
     torch.set_num_threads(given.threads)
-    options = Options(given.threads, given.rounds, given.model, given.task, given.data_dir)
+    options = Options(
+        given.threads, given.rounds, given.model, given.task, given.data_dir, given.all_layers, given.output
+    )
     try:
         for name in given.names or [name for name in BENCHMARKS if given.model or name != "quality"]:
             _run(name, options, given.output)
@@ -105,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )
+    parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
     parser.add_argument("--model", help="quality, and solver for real layers: a model, a folder or a name on the Hub")
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

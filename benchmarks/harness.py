@@ -25,6 +25,8 @@ class Options:
     model: str | None = None
     task: str | None = None
     data_dir: Path | None = None
+    all_layers: bool = False
+    output: Path = Path("benchmarks/results")
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,12 @@ def test_all_survive_weights_of_low_rank(name: str) -> None:
         torch.testing.assert_close(factors.product(), its_weight, rtol=1e-3, atol=1e-4)
 
 
+def test_a_parameter_can_be_factorized() -> None:
+    weight, importance = problem(1.0)
+    factors = ElementWise(importance).factorize(torch.nn.Parameter(weight), RANK)
+    assert not factors.up.requires_grad
+
+
 def test_reduced_precision_is_given_back() -> None:
     given = torch.get_float32_matmul_precision()
     with reduced_precision():

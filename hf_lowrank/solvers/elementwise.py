@@ -1,4 +1,4 @@
-"""Importance of every single element: no closed form, so the factors are found by alternating least squares."""
+"""Importance of every single element: no closed form, so the factors are found by iteration."""
 
 from dataclasses import dataclass
 
@@ -6,30 +6,28 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.optimizers import get_optimizer
 from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled
 
 # Elements below this share of the mean importance count as this share, so that no element is free.
 FLOOR = 1e-4
-# Conjugate gradient steps for each half of a sweep; more of them solve the half better, but a new half pays more.
-STEPS = 2
-# The shared preconditioner is regularised relative to its own scale.
-DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
 class ElementWise:
     """error(Δ) = Σᵢⱼ importanceᵢⱼ Δᵢⱼ², for an `importance` [out, in] ≥ 0. TFWSVD, Hua et al. (2022), equation 4.
 
-    With one factor fixed every row of the other is a small weighted least-squares problem. All of them are improved at
-    once by a few steps of conjugate gradients in a basis where the fixed factor is orthonormal under the mean
-    importance, so that only matrix products remain and no step can increase the error.
-
-    `max_sweeps` and `tolerance` (relative decrease of the error over one sweep) end the iteration.
+    The factors start at the closed form of `two_sided` and are improved by `optimizer`, a name in `OPTIMIZERS`, for at
+    most `max_sweeps` of its iterations, or until one decreases the error by less than a share `tolerance`.
     """
 
     importance: Tensor
     max_sweeps: int = 50
     tolerance: float = 1e-4
+    optimizer: str = "alternating"
+
+    def __post_init__(self) -> None:
+        get_optimizer(self.optimizer)  # raises where there is none
 
     def error(self, delta: Tensor) -> Tensor:
         """Σ importance Δ² of a `delta` [out, in], a scalar."""
@@ -45,6 +43,7 @@ class ElementWise:
         rows, columns, total = importance.sum(dim=1), importance.sum(dim=0), importance.sum()
         return Scaled(DiagonalScaling(rows), DiagonalScaling(columns / total if total > 0 else columns))
 
+    @torch.no_grad()
     def factorize(self, weight: Tensor, rank: int) -> Factors:
         """Factors of `weight` [out, in] at `rank`, never worse than those of `two_sided`, with a trace."""
         start = self.two_sided().factorize(weight, rank)
@@ -52,18 +51,10 @@ class ElementWise:
         if mean == 0:
             return start
         relative = (self.importance.float() / mean).clamp_min(FLOOR)
-        up, down = start.up.to(torch.float32), start.down.to(torch.float32)
-        residual = weight.float() - up @ down
-        trace = [_weighted(relative, residual)]
-        for _ in range(self.max_sweeps):
-            up, down = _orthonormal_down(up, down, relative)
-            up = _improve_up(up, down, relative, residual)
-            down, up = (factor.T for factor in _orthonormal_down(down.T, up.T, relative.T))
-            down = _improve_up(down.T, up.T, relative.T, residual.T).T
-            trace.append(_weighted(relative, residual))
-            if trace[-2] - trace[-1] <= self.tolerance * trace[-2]:
-                break
-        return Factors(up, down, tuple((torch.stack(trace) * mean).tolist()))
+        up, down, trace = get_optimizer(self.optimizer)(
+            weight.float(), relative, start.up.float(), start.down.float(), self.max_sweeps, self.tolerance
+        )
+        return Factors(up, down, tuple(error * float(mean) for error in trace.values()))
 
 
 @dataclass(frozen=True)
@@ -98,39 +89,3 @@ def eigenbasis(left_moment: Tensor, right_moment: Tensor) -> tuple[Tensor, Tenso
     """The eigenvectors of two moments [n, n], in columns, in float32: the same for the same moments."""
     left, right = (torch.linalg.eigh(moment.double())[1].float() for moment in (left_moment, right_moment))
     return left, right
-
-
-def _weighted(importance: Tensor, residual: Tensor) -> Tensor:
-    return (importance * residual * residual).sum()
-
-
-def _orthonormal_down(up: Tensor, down: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with `down` orthonormal under the mean importance of the columns: down diag(c) downᵀ = I."""
-    gram = (down * importance.mean(dim=0)) @ down.T
-    gram = gram.double()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    lower = torch.linalg.cholesky(gram)
-    down = torch.linalg.solve_triangular(lower, down.double(), upper=False)
-    return (up.double() @ lower).to(up.dtype), down.to(up.dtype)
-
-
-def _improve_up(up: Tensor, down: Tensor, importance: Tensor, residual: Tensor) -> Tensor:
-    """`up` after `STEPS` conjugate gradient steps on every row's own problem; updates `residual` in place.
-
-    Each row i minimises Σⱼ importanceᵢⱼ (residualᵢⱼ − (step @ down)ᵢⱼ)², so α and β are one number per row.
-    """
-    gradient = (importance * residual) @ down.T
-    direction = gradient
-    norm = gradient.square().sum(dim=1, keepdim=True)
-    for step in range(STEPS):
-        change = direction @ down
-        weighted_change = importance * change
-        curvature = (weighted_change * change).sum(dim=1, keepdim=True)
-        alpha = torch.where(curvature > 0, norm / curvature, 0.0)
-        up = up + alpha * direction
-        residual -= alpha * change
-        if step + 1 < STEPS:
-            gradient = gradient - alpha * (weighted_change @ down.T)
-            previous, norm = norm, gradient.square().sum(dim=1, keepdim=True)
-            direction = gradient + torch.where(previous > 0, norm / previous, 0.0) * direction
-    return up

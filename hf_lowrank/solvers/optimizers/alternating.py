@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_lowrank.solvers.optimizers.registry import Solution, Trace, register
+from hf_lowrank.solvers.optimizers.registry import Solution, Trace, damp_, register
 
 # Conjugate gradient steps for each half of a sweep; more of them solve the half better, but a new half pays more.
 STEPS = 2
@@ -62,7 +62,7 @@ def diagonal_grams(up: Tensor, down: Tensor, importance: Tensor) -> tuple[Tensor
     problems are then as well conditioned as one change of basis for all of them can make them, but for a scaling.
     """
     (left, left_inverse), (right, right_inverse) = (
-        _square_root((factor * mean) @ factor.T)
+        _square_root((factor.double() * mean) @ factor.double().T)
         for factor, mean in ((up.T, importance.mean(dim=1)), (down, importance.mean(dim=0)))
     )
     u, s, vh = torch.linalg.svd(left.T @ right)
@@ -73,10 +73,8 @@ def diagonal_grams(up: Tensor, down: Tensor, importance: Tensor) -> tuple[Tensor
 
 
 def _square_root(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of a Gram matrix [rank, rank], in float64, and its inverse."""
-    gram = gram.double()
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
-    lower = torch.linalg.cholesky(gram)
+    """The Cholesky factor of a Gram matrix [rank, rank], and its inverse."""
+    lower = torch.linalg.cholesky(damp_(gram, DAMPING))
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return lower, torch.linalg.solve_triangular(lower, identity, upper=False)
 

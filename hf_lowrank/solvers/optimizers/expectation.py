@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_lowrank.solvers.optimizers.registry import Solution, Trace, register, weighted_error
+from hf_lowrank.solvers.optimizers.registry import Solution, Trace, damp_, register, weighted_error
 from hf_lowrank.solvers.scaled import truncated_svd
 
 MEMORY = 5  # steps that Anderson's method mixes
@@ -36,7 +36,7 @@ def em_nesterov(
     that of O'Donoghue & Candès (2015). A step that would raise the error is not taken, so the error never rises.
     """
     share = importance / importance.max()
-    trace = _begin(weight, importance, up, down)
+    trace = _begin(weight, importance, up, down, patience=2)  # a restart takes one iteration
     current = previous = up @ down
     error, age = trace.errors[0], torch.zeros((), device=weight.device)
     for _ in range(max_iterations):
@@ -64,7 +64,7 @@ def em_anderson(
     A mixture that would raise the error is replaced by the latest plain step, and the memory is cleared.
     """
     share = importance / importance.max()
-    trace = _begin(weight, importance, up, down)
+    trace = _begin(weight, importance, up, down, patience=2)  # a restart takes one iteration
     points: list[Tensor] = []
     images: list[Tensor] = []
     filled = _fill(weight, share, up @ down)
@@ -98,15 +98,14 @@ def _fill(weight: Tensor, share: Tensor, product: Tensor) -> Tensor:
 def _mix(points: list[Tensor], images: list[Tensor]) -> Tensor:
     """The affine combination of the images [out, in] whose steps, combined likewise, are least in norm."""
     steps = torch.stack([(image - point).flatten() for point, image in zip(points, images, strict=True)]).double()
-    gram = steps @ steps.T
-    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    gram = damp_(steps @ steps.T, DAMPING)
     shares = torch.linalg.solve(gram, torch.ones_like(gram[0]))
     shares = (shares / shares.sum()).to(images[0].dtype)
     return torch.einsum("k,kij->ij", shares, torch.stack(images))
 
 
-def _begin(weight: Tensor, importance: Tensor, up: Tensor, down: Tensor) -> Trace:
-    trace = Trace()
+def _begin(weight: Tensor, importance: Tensor, up: Tensor, down: Tensor, patience: int = 1) -> Trace:
+    trace = Trace(patience)
     trace.record(weighted_error(importance, weight - up @ down), 1)
     return trace
 

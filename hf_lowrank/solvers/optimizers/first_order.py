@@ -14,8 +14,9 @@ from hf_lowrank.solvers.optimizers.registry import Solution, Trace, register, we
 PRODUCTS = 3  # of an evaluation: up @ down, and two for the gradient
 PATIENCE = 30  # single steps change little, and may go up
 MOMENTUM = 0.9
-SWITCH_WITHIN = 1e-2  # relative distance of the projected learning rate from its running average
-SWITCH_INTERVAL = 10  # steps from one look at it to the next
+SWITCH_AFTER = 30  # steps at least, in which Adam's running averages settle
+INTERVAL = 10  # steps from one look at what happened to the next
+DIVERGED, SLOWER = 1.1, 0.25  # SGD at this multiple of its lowest error returns there, for this share of its rate
 HISTORY = 10
 LINE_SEARCH = 25  # evaluations at most
 
@@ -50,16 +51,19 @@ class Point:
 
     def evaluate(self) -> Tensor:
         """Set the gradients and return the error, a scalar; it is recorded, as an iteration."""
-        residual = self.weight - self.up @ self.down
-        weighted = self.importance * residual
-        self.up.grad, self.down.grad = -2 * weighted @ self.down.T, -2 * self.up.T @ weighted
-        error = (weighted * residual).sum()
+        error = self._differentiate()
         better = error < self.lowest
         self.best_up = torch.where(better, self.up, self.best_up)
         self.best_down = torch.where(better, self.down, self.best_down)
         self.lowest = torch.where(better, error, self.lowest)
         self.trace.record(error, PRODUCTS)
         return error
+
+    def _differentiate(self) -> Tensor:
+        residual = self.weight - self.up @ self.down
+        weighted = self.importance * residual
+        self.up.grad, self.down.grad = -2 * weighted @ self.down.T, -2 * self.up.T @ weighted
+        return (weighted * residual).sum()
 
     def descend(
         self, optimizer: torch.optim.Optimizer, steps: int, tolerance: float, after_step: AfterStep | None = None
@@ -73,6 +77,19 @@ class Point:
             if self.trace.converged(tolerance):
                 return True
         return False
+
+    def descend_by_sgd(self, rate: float, steps: int, tolerance: float) -> None:
+        """Take these steps of SGD at most, from the best point at a lower rate whenever they diverge."""
+        optimizer = torch.optim.SGD(self.parameters, lr=rate, momentum=MOMENTUM)
+        for done in range(0, steps, INTERVAL):
+            if self.descend(optimizer, min(INTERVAL, steps - done), tolerance):
+                return
+            if not self.trace.errors[-1] <= DIVERGED * self.lowest:  # a nan diverged too
+                self.up.copy_(self.best_up)
+                self.down.copy_(self.best_down)
+                self._differentiate()
+                rate *= SLOWER
+                optimizer = torch.optim.SGD(self.parameters, lr=rate, momentum=MOMENTUM)
 
     def solution(self) -> Solution:
         """The best factors so far."""
@@ -92,8 +109,7 @@ def sgd(
     """Gradient descent with momentum; the `learning_rate` is relative to the inverse curvature at the start."""
     point = Point(weight, importance, up, down)
     point.evaluate()
-    rate = learning_rate / point.curvature()
-    point.descend(torch.optim.SGD(point.parameters, lr=rate, momentum=MOMENTUM), max_iterations, tolerance)
+    point.descend_by_sgd(learning_rate / (point.curvature() or 1.0), max_iterations, tolerance)
     return point.solution()
 
 
@@ -110,9 +126,7 @@ def adam(
     """Adam; the `learning_rate` is relative to the root mean square of the factors' entries at the start."""
     point = Point(weight, importance, up, down)
     point.evaluate()
-    point.descend(
-        torch.optim.Adam(point.parameters, lr=learning_rate * point.entry_scale()), max_iterations, tolerance
-    )
+    point.descend(torch.optim.Adam(point.parameters, lr=learning_rate * point.entry_scale()), max_iterations, tolerance)
     return point.solution()
 
 
@@ -130,7 +144,8 @@ def adam_sgd(
 
     Their switching rule is known to us in outline only. This one is that of SWATS, Keskar & Socher (2017): Adam's step
     p is projected on the gradient g to a learning rate γ = pᵀp / −pᵀg, and SGD takes over with the running average of γ
-    once γ comes close to it (relative, where theirs is absolute: γ has a unit). `Trace.events` says when.
+    once γ meets it. `Trace.events` says after how many steps. Where the importance is heavy-tailed that rate can be far
+    too high, so that SGD lowers it when it diverges, which is ours.
     """
     point = Point(weight, importance, up, down)
     point.evaluate()
@@ -138,25 +153,29 @@ def adam_sgd(
     rule = ProjectionRule(point, *optimizer.defaults["betas"])
     done = 0
     while done < max_iterations and not rule.fired():
-        steps = min(SWITCH_INTERVAL, max_iterations - done)
+        steps = min(INTERVAL, max_iterations - done)
         if point.descend(optimizer, steps, tolerance, rule.after_step):
             return point.solution()
         done += steps
     if done < max_iterations:
         point.trace.events["switch to SGD"] = done
-        follow = torch.optim.SGD(point.parameters, lr=rule.learning_rate(), momentum=MOMENTUM)
-        point.descend(follow, max_iterations - done, tolerance)
+        point.descend_by_sgd(rule.learning_rate(), max_iterations - done, tolerance)
     return point.solution()
 
 
 class ProjectionRule:
-    """The switch of SWATS: when it fires, and the learning rate for SGD. It stays on the device until asked."""
+    """The switch of SWATS: when it fires, and the learning rate for SGD. It stays on the device until asked.
+
+    Theirs fires when γ is within 1e-9 of its average. Here, without noise and whatever the unit of γ, it fires when γ
+    crosses its average.
+    """
 
     def __init__(self, point: Point, beta1: float, beta2: float) -> None:
         self.point, self.beta1, self.beta2 = point, beta1, beta2
         self.before = [parameter.clone() for parameter in point.parameters]
         self.average = torch.zeros((), device=point.weight.device)
         self.latched = torch.zeros((), device=point.weight.device)  # the rate when it fired, 0 before
+        self.above = torch.zeros((), device=point.weight.device, dtype=torch.bool)
         self.steps = 0
 
     def after_step(self, step: int) -> None:
@@ -172,9 +191,10 @@ class ProjectionRule:
         usable = torch.isfinite(rate) & (rate > 0)
         self.average = self.beta2 * self.average + (1 - self.beta2) * torch.where(usable, rate, self.average)
         corrected = self.average / (1 - self.beta2**self.steps)
-        close = usable & ((corrected / rate - 1).abs() < SWITCH_WITHIN) & (self.latched == 0)
-        if self.steps > 1:
-            self.latched = torch.where(close, corrected, self.latched)
+        above = torch.where(usable, rate > corrected, self.above)
+        if self.steps > SWITCH_AFTER:
+            self.latched = torch.where((above != self.above) & (self.latched == 0), corrected, self.latched)
+        self.above = above
 
     def fired(self) -> bool:
         """Whether the rule was met at any step so far."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_lowrank.solvers.optimizers.registry import Solution, Trace, register, weighted_error
+from hf_lowrank.solvers.optimizers.registry import Solution, Trace, damp_, register, weighted_error
 
 # Numbers held at once for the systems of a block of rows: 128 MiB in float64.
 BLOCK = 2**24
@@ -18,7 +18,8 @@ def als(
     """Each half attains the least error for the fixed other factor, so that the error never increases."""
     trace = Trace()
     trace.record(weighted_error(importance, weight - up @ down), 1)
-    products = sum(_products(*shape, rank=up.shape[1]) for shape in (weight.shape, weight.T.shape)) + 1
+    (out_features, rank), in_features = up.shape, down.shape[1]
+    products = 1 + _products(rank, in_features) + _products(rank, out_features)
     for _ in range(max_iterations):
         up = best_up(weight, importance, down)
         down = best_up(weight.T, importance.T, up.T).T
@@ -38,14 +39,12 @@ def best_up(weight: Tensor, importance: Tensor, down: Tensor) -> Tensor:
     rows = []
     for part, its_weight in zip(importance.split(blocks), weight.split(blocks), strict=True):
         scaled = part.double()[:, None, :] * basis
-        gram = scaled @ basis.T
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal.add_(DAMPING * diagonal.mean(dim=1, keepdim=True))
+        gram = damp_(scaled @ basis.T, DAMPING)
         target = scaled @ its_weight.double()[:, :, None]
         rows.append(torch.cholesky_solve(target, torch.linalg.cholesky(gram))[:, :, 0])
     return torch.cat(rows).to(down.dtype)
 
 
-def _products(out_features: int, in_features: int, rank: int) -> float:
-    """One half in products: Gram matrices out·in·rank², right sides out·in·rank, Cholesky out·rank³/6."""
-    return rank + 1 + rank**2 / (6 * in_features)
+def _products(rank: int, length: int) -> float:
+    """A half with rows of this length, in products: of a row, length·rank² for its system, rank³/6 to solve it."""
+    return rank + 1 + rank**2 / (6 * length)

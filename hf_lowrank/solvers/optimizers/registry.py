@@ -36,13 +36,13 @@ class Trace:
         self.seconds.append(time.perf_counter())
 
     def converged(self, tolerance: float) -> bool:
-        """Whether the lowest error fell by no more than a share `tolerance` over the last `patience` iterations."""
+        """Whether the lowest error fell by less than a share `tolerance` over the last `patience` iterations."""
         done = len(self.errors) - 1
         if done < self.patience or (self.errors[-1].device.type != "cpu" and done % ACCELERATOR_INTERVAL):
             return False
-        errors = torch.stack(self.errors)
+        errors = torch.stack(self.errors).nan_to_num(nan=float("inf"))
         before, lowest = errors[: -self.patience].min(), errors.min()
-        return bool(before - lowest <= tolerance * before)
+        return bool(before - lowest < tolerance * before)
 
     def values(self) -> list[float]:
         """The errors as numbers."""
@@ -66,7 +66,7 @@ class Optimizer(Protocol):
         """Improve the factors `up` [out, rank] and `down` [rank, in] of `weight` [out, in], in float32.
 
         `importance` [out, in] is positive, of mean near 1. Ends after `max_iterations`, or when the relative decrease
-        of the error is at most `tolerance` (`Trace.converged`); a negative tolerance never ends it.
+        of the error is below `tolerance` (`Trace.converged`), which 0 never is.
         """
 
 
@@ -94,6 +94,14 @@ def get_optimizer(name: str) -> Optimizer:
     if name not in OPTIMIZERS:
         raise LowRankError(f"unknown optimizer {name!r}; the optimizers are {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
+
+
+def damp_(gram: Tensor, share: float) -> Tensor:
+    """Add this share of their mean to the diagonals of Gram matrices [..., n, n], in place; to zero matrices, of 1."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(dim=-1, keepdim=True)
+    diagonal.add_(share * torch.where(mean > 0, mean, 1.0))
+    return gram
 
 
 def weighted_error(importance: Tensor, residual: Tensor) -> Tensor:
