@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks import convergence, fisher, layer, memory, quality, solver, truncated_svd
+from benchmarks import convergence, fisher, layer, memory, quality, truncated_svd
 from benchmarks.harness import Options, Result, machine_facts
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
 
 BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "fisher": fisher.run,
-    "solver": solver.run,
     "truncated_svd": truncated_svd.run,
     "layer": layer.run,
     "memory": memory.run,
@@ -28,7 +27,6 @@ DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
 
   fisher         compute_fisher / an ordinary training pass, and / one sample at a time    about 8 minutes
-  solver         TFWSVD's solver against Adam from the same start                          about a minute
   truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
   layer          LowRankLinear against nn.Linear                                           under a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
@@ -42,7 +40,7 @@ Nothing is downloaded: models are randomly initialised and data made up, unless 
 EXAMPLES = """\
 examples:
   python -m benchmarks layer truncated_svd
-  python -m benchmarks solver --model ./bert-stsb --task stsb --data-dir ./stsb
+  python -m benchmarks convergence --model ./bert-stsb --task stsb --data-dir ./stsb
 """
 
 
@@ -110,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
-    parser.add_argument("--model", help="quality, and solver for real layers: a model, a folder or a name on the Hub")
+    parser.add_argument("--model", help="quality, and convergence: a real model, a folder or a name on the Hub")
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with the task's train and validation files (default: the Hub's)"
