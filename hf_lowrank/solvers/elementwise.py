@@ -15,7 +15,7 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class ElementWise:
-    """error(Δ) = Σᵢⱼ importanceᵢⱼ Δᵢⱼ², for an `importance` [out, in] ≥ 0. TFWSVD, Hua et al. (2022), equation 4.
+    """error(Δ) = Σᵢⱼ importanceᵢⱼ Δᵢⱼ², for an `importance` [out, in] ≥ 0. TFWSVD, Hua et al. (2022).
 
     The factors start at the closed form of `two_sided` and are improved by `optimizer`, a name in `OPTIMIZERS`, for at
     most `max_sweeps` of its iterations, or until one decreases the error by less than a share `tolerance`.

@@ -32,7 +32,7 @@ def compute_fisher(
     """The exact empirical Fisher information of every targeted weight, E_n[(∂loss_n/∂W)²], with the labels of the data.
 
     `form="row"` sums it over outputs, which is all that FWSVD needs, without forming the gradients. Hsu et al. (2022),
-    equation 5; the options are those of `compute_statistics`.
+    section 4; the options are those of `compute_statistics`.
     """
     return compute_statistics(model, loader, ["fisher" if form == "element" else "fisher_rows"], **options)
 
