@@ -22,12 +22,14 @@ the last has TFWSVD behind SVD at the two lower ranks.
 import copy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -142,6 +144,18 @@ def _zipf(choose: np.random.Generator, kinds: int, shape: tuple[int, ...]) -> np
 # --- the run ---
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small lose time when they are shared out, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
     """Train, measure Fisher, compress by every method at every rank ratio, save the best and load it back.
 
