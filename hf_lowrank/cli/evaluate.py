@@ -1,0 +1,39 @@
+"""hf-lowrank evaluate: a model's score on a task."""
+
+from accelerate import PartialState
+from rich.table import Table
+
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console, print_json
+from hf_lowrank.cli.options import BatchOption, DataOption, JsonOption, LengthOption, ModelArgument, TaskOption
+from hf_lowrank.evaluate import evaluate
+from hf_lowrank.loading import load_model
+from hf_lowrank.tasks import get_task
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    task: TaskOption,
+    data_dir: DataOption = None,
+    batch_size: BatchOption = 32,
+    max_length: LengthOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model, dense or compressed, on a task's whole validation data."""
+    the_task = get_task(task, max_length)
+    loaded, tokenizer = load_model(model, the_task)
+    result = evaluate(loaded, tokenizer, the_task, data_dir, batch_size)
+    if not PartialState().is_main_process:
+        return
+    if as_json:
+        return print_json({"model": model, "task": the_task.name, "parameters": loaded.num_parameters(), **result})
+    table = Table(
+        "metric", "value", box=None, title=f"{model} on {the_task.name}, {loaded.num_parameters():,} parameters"
+    )
+    for key, value in result.items():
+        if key not in ("score", "degenerate"):
+            table.add_row(key, f"{value:.2f} (score)" if key == the_task.score else f"{value:.4g}")
+    console.print(table)
+    if result.get("degenerate"):
+        console.print("warning: every prediction is the same; the model has collapsed")

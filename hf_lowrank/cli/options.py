@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowrank.tasks import TASKS
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
+TaskOption = Annotated[str, typer.Option("--task", help=f"What the model was fine-tuned on: {', '.join(TASKS)}.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder with train and validation files (parquet, csv, json, jsonl). Default: the Hub data set."
+    ),
+]
+LengthOption = Annotated[
+    int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples in a batch. Changes speed and memory, not the result.")]
+SeedOption = Annotated[int, typer.Option(help="Which training samples are chosen.")]
+IncludeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Factorize only linears of this name pattern, such as 'query' or '*.mlp.*'; may be repeated. [dim]"
+        "Default: all linears inside the transformer blocks.[/dim]"
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+
+
+def patterns(given: list[str] | None) -> tuple[str, ...] | None:
+    """The name patterns of --include or --exclude, None where there are none."""
+    return tuple(given) if given else None
