@@ -14,8 +14,9 @@ from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.progress import bar
 from hf_lowrank.statistics.container import Statistics, digest
 from hf_lowrank.statistics.hooks import Recorder, measuring
-from hf_lowrank.statistics.kinds import KINDS, passes
+from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, passes
 from hf_lowrank.statistics.losses import Batch, NotSeparable, SampleLosses, own_loss, sample_losses
+from hf_lowrank.statistics.shared import InputSums
 from hf_lowrank.targets import check_weights, find_targets
 
 # A batch of two and the same samples alone must agree to this relative difference before batches are relied on.
@@ -46,6 +47,7 @@ def compute_statistics(
     exclude: Sequence[str] | None = None,
     origin: dict[str, Any] | None = None,
     progress: bool = True,
+    device: torch.device | str | None = None,
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
@@ -59,6 +61,7 @@ def compute_statistics(
         loader: batches as keyword arguments of the model, with labels; their size may vary. With several processes
             each one gives its own share, and the sums are added over processes at the end.
         origin: plain facts kept with the result (model, task, data, seed).
+        device: where the sums are kept; by default beside their layer. "cpu" spares an accelerator's memory.
 
     Raises:
         LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite.
@@ -72,7 +75,7 @@ def compute_statistics(
     measured = None
     for number, part in enumerate(plan, 1):
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {len(plan)}"
-        run = _Pass(model, targets, part, measured)
+        run = _Pass(model, targets, part, measured, None if device is None else torch.device(device))
         with bar(title, _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
             for batch in loader:
                 run.add(batch)
@@ -87,13 +90,22 @@ class _Pass:
     """The state of one pass: the sums so far, and how samples are fed to the model."""
 
     def __init__(
-        self, model: PreTrainedModel, targets: dict[str, nn.Module], kinds: Sequence[str], given: Statistics | None
+        self,
+        model: PreTrainedModel,
+        targets: dict[str, nn.Module],
+        kinds: Sequence[str],
+        given: Statistics | None,
+        device: torch.device | None,
     ) -> None:
-        self.model, self.targets, self.kinds, self.given = model, targets, kinds, given
+        self.model, self.targets, self.given, self.device = model, targets, given, device
+        self.kinds = [kind for kind in kinds if not KINDS[kind].of_input]
+        of_input = [kind for kind in kinds if KINDS[kind].of_input]
+        self.shared = InputSums(of_input, targets, device) if of_input else None
         self.contexts: dict[tuple[str, str], Any] = {}
         self.losses: SampleLosses | None = None  # decided on the first batch; own_loss means one sample at a time
-        self.sums = self._empty(kinds)
+        self.sums = self._empty(self.kinds)
         self.samples = self.tokens = 0
+        self.probing = False
         self.finite: dict[str, Tensor] = {}
         self.recorder = Recorder(self.deliver)
 
@@ -107,6 +119,8 @@ class _Pass:
         parts = [batch] if self.losses is sample_losses else list(_one_by_one(batch))
         for part in parts:
             self._backward(part, self.losses, self.samples)
+            if self.shared is not None:
+                self.shared.end_batch()
             self.samples += _size(part)
         self.tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
 
@@ -115,7 +129,9 @@ class _Pass:
         self.finite[name] = torch.isfinite(g).flatten(1).all(dim=1)
         x, g = x.float(), g.float()
         for kind in self.kinds:
-            KINDS[kind].add(self.sums[kind][name], x, g, self._context(kind, name))
+            accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
+        if self.shared is not None and not self.probing:
+            self.shared.arrive(name, x, active_tokens(g), self.recorder.readers(name))
 
     def _context(self, kind: str, name: str) -> Any:
         """What an earlier pass knows that this kind needs, prepared once for each layer."""
@@ -132,10 +148,11 @@ class _Pass:
         if PartialState().num_processes > 1:
             counts = reduce(counts, "sum")
             self.sums = reduce(self.sums, "sum")
+        shared = self.shared.result() if self.shared is not None else {}
         if counts[0] == 0:
             raise LowRankError("there are no samples to measure statistics on")
         weights = {name: digest(module) for name, module in self.targets.items()}
-        return Statistics(self.sums, int(counts[0]), int(counts[1]), weights, origin)
+        return Statistics(self.sums | shared, int(counts[0]), int(counts[1]), weights, origin)
 
     def _backward(self, batch: Batch, losses_of: SampleLosses, first: int) -> None:
         """Deliver every layer's share of a batch, whose first sample has the number `first`."""
@@ -166,13 +183,13 @@ class _Pass:
     def _probe(self, parts: list[Batch], losses_of: SampleLosses) -> dict[str, Tensor]:
         """The row Fisher of every layer over a few samples, leaving the sums alone."""
         kept = self.kinds, self.sums
-        self.kinds, self.sums = ["fisher_rows"], self._empty(["fisher_rows"])
+        self.kinds, self.sums, self.probing = ["fisher_rows"], self._empty(["fisher_rows"]), True
         try:
             for number, part in enumerate(parts):
                 self._backward(part, losses_of, number)
             return self.sums["fisher_rows"]
         finally:
-            self.kinds, self.sums = kept
+            (self.kinds, self.sums), self.probing = kept, False
 
     def _empty(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
@@ -180,7 +197,7 @@ class _Pass:
             weight = dense_weight(module)
             for kind in kinds:
                 shape = KINDS[kind].shape(*weight.shape)
-                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=self.device or weight.device)
         return sums
 
 

@@ -14,13 +14,15 @@ from hf_lowrank.files import atomic_folder, read_json, sha256_of, write_json
 from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.statistics.kinds import KINDS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS, RECORD = "statistics.safetensors", "statistics.json"
 
 
 @dataclass
 class Statistics:
     """Sums over samples, by kind (see `KINDS`) and module name, in float32.
+
+    Modules that read the same input share one tensor of the kinds that depend on nothing else, in memory and on disk.
 
     `weights` holds a digest of every weight they were measured on, so that they cannot be used for another model;
     `origin` says in plain words which model, task, data and seed that was.
@@ -91,15 +93,16 @@ class Statistics:
             LowRankError: the folder exists and `overwrite` is off.
         """
         with atomic_folder(folder, overwrite) as whole:
-            flat = {
-                f"{kind}/{name}": t.contiguous() for kind, by_name in self.sums.items() for name, t in by_name.items()
-            }
-            save_file(flat, whole / TENSORS)
-            write_json(whole / RECORD, self._record() | {"sha256": sha256_of(whole / TENSORS)})
+            first: dict[int, str] = {}  # a shared tensor is written under the first of its keys
+            keys = {f"{kind}/{name}": t for kind, by_name in self.sums.items() for name, t in by_name.items()}
+            stored_as = {key: first.setdefault(id(tensor), key) for key, tensor in keys.items()}
+            save_file({key: keys[key].contiguous() for key in first.values()}, whole / TENSORS)
+            shared = {key: other for key, other in stored_as.items() if key != other}
+            write_json(whole / RECORD, self._record() | {"shared": shared, "sha256": sha256_of(whole / TENSORS)})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Statistics":
-        """Read what `save` wrote.
+        """Read what `save` wrote. The tensors stay on disk, mapped into memory, until they are used.
 
         Raises:
             LowRankError: a file is missing, damaged, or of a newer format.
@@ -118,6 +121,7 @@ class Statistics:
             flat = load_file(path)
         except SafetensorError as error:
             raise LowRankError(f"{path} cannot be read: {error}") from None
+        flat |= {key: flat[other] for key, other in record["shared"].items()}
         sums: dict[str, dict[str, Tensor]] = {}
         for key, tensor in flat.items():
             kind, _, name = key.partition("/")

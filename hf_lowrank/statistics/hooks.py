@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.statistics.losses import NotSeparable
 
@@ -23,8 +25,10 @@ class Recorder:
 
     deliver: Deliver
     samples: int = 0
-    calls: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, list[Any]] = field(default_factory=dict)  # the identity of every input of a layer in this batch
     arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    counter: Iterator[int] = field(default_factory=count)
 
     def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         """Start recording a layer, until the handle is removed."""
@@ -35,7 +39,7 @@ class Recorder:
             replaced = None
             if not output.requires_grad:  # the first layer on its path: the graph begins here
                 output = replaced = output.detach().requires_grad_().clone()
-            self.calls[name] = self.calls.get(name, 0) + 1
+            self.inputs.setdefault(name, []).append(self._identity(args[0]))
             x = args[0].detach()
             output.register_hook(lambda g: self._arrive(name, x, g))
             return replaced
@@ -45,7 +49,7 @@ class Recorder:
     def begin_batch(self, samples: int) -> None:
         """Forget the calls of the last batch; the next one has this many samples."""
         self.samples = samples
-        self.calls.clear()
+        self.inputs.clear()
         self.arrived.clear()
 
     def end_batch(self) -> None:
@@ -54,8 +58,18 @@ class Recorder:
             x, g = (torch.cat([self._by_token(t) for t in side], dim=1) for side in zip(*pairs, strict=True))
             self.deliver(name, x, g)
 
+    def readers(self, name: str) -> tuple[str, ...]:
+        """The layers that have read the same inputs as this one in this batch, itself included."""
+        return tuple(other for other, inputs in self.inputs.items() if inputs == self.inputs[name])
+
+    def _identity(self, tensor: Tensor) -> tuple[int, int]:
+        """Equal for two inputs only if they are one tensor, not written to in between."""
+        if tensor not in self.numbers:
+            self.numbers[tensor] = next(self.counter)
+        return self.numbers[tensor], tensor._version
+
     def _arrive(self, name: str, x: Tensor, g: Tensor) -> None:
-        if self.calls[name] == 1:
+        if len(self.inputs[name]) == 1:
             self.deliver(name, self._by_token(x), self._by_token(g))
         else:
             self.arrived.setdefault(name, []).append((x, g))

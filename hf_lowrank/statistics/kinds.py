@@ -22,7 +22,8 @@ class Kind:
     """One statistic: its unit, its shape for a weight [out, in], and the function that adds a batch to its sum.
 
     `add` takes the sum, x, g and a context; `context` makes that once for each layer from the means of the kinds in
-    `needs`, which an earlier pass over the data has measured.
+    `needs`, which an earlier pass over the data has measured. A kind `of_input` takes, in place of g, 1 where a token
+    is active and 0 elsewhere [batch, tokens]: layers that read the same input have the same sum.
     """
 
     name: str
@@ -31,6 +32,25 @@ class Kind:
     add: Callable[[Tensor, Tensor, Tensor, Any], None]
     needs: tuple[str, ...] = ()
     context: Callable[..., Any] | None = None
+    of_input: bool = False
+
+
+def accumulate(kind: str, total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+    """Add a batch to the sum of a kind, which may lie on another device than the batch."""
+    if total.device == x.device:
+        KINDS[kind].add(total, x, g, context)
+    else:
+        part = torch.zeros_like(total, device=x.device)
+        KINDS[kind].add(part, x, g, context)
+        total += part.to(total.device)
+
+
+def active_tokens(g: Tensor) -> Tensor:
+    """1 where the loss depends on a token's output and 0 elsewhere [batch, tokens], from its gradient.
+
+    Padding is never active, nor is a position that no head reads, such as all but the first in a last layer.
+    """
+    return (g != 0).any(dim=-1).to(g.dtype)
 
 
 def add_fisher(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
@@ -58,23 +78,20 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) ->
             total += (g_n.T @ x_n).square_().sum(dim=0)
 
 
-def add_activation_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
-    """total [in, in] += Σ x xᵀ over the active tokens: those whose output the loss depends on.
-
-    Padding is never active, nor is a position that no head reads, such as all but the first in a last layer.
-    """
-    active = x.flatten(0, 1) * _active(g).flatten()[:, None]
-    total.addmm_(active.T, active)
+def add_activation_moment(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
+    """total [in, in] += Σ x xᵀ over the active tokens."""
+    kept = x.flatten(0, 1) * active.flatten()[:, None]
+    total.addmm_(kept.T, kept)
 
 
-def add_activation_magnitude(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+def add_activation_magnitude(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
     """total [in] += Σ |x| over the active tokens."""
-    total += (x.abs() * _active(g)[..., None]).sum(dim=(0, 1))
+    total += (x.abs() * active[..., None]).sum(dim=(0, 1))
 
 
-def add_active_tokens(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
+def add_active_tokens(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
     """total [] += the number of active tokens."""
-    total += _active(g).sum()
+    total += active.sum()
 
 
 def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
@@ -96,11 +113,6 @@ def add_kronecker_out(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> N
 def add_fisher_in_eigenbasis(total: Tensor, x: Tensor, g: Tensor, context: tuple[Tensor, Tensor]) -> None:
     """total [out, in] += Σ_n (Q_Gᵀ G_n Q_A)², for the eigenvectors (Q_G [out, out], Q_A [in, in]) = `context`."""
     add_fisher(total, x @ context[1], g @ context[0])
-
-
-def _active(g: Tensor) -> Tensor:
-    """1 where the loss depends on a token and 0 elsewhere [batch, tokens]."""
-    return (g != 0).any(dim=-1).to(g.dtype)
 
 
 def _out_in(out_features: int, in_features: int) -> tuple[int, ...]:
@@ -129,9 +141,9 @@ KINDS = {
     for kind in (
         Kind("fisher", "(loss / weight)², sum over samples", _out_in, add_fisher),
         Kind("fisher_rows", "(loss / weight)², sum over outputs and samples", _in, add_fisher_rows),
-        Kind("activation_moment", "input², sum over active tokens", _in_in, add_activation_moment),
-        Kind("activation_magnitude", "|input|, sum over active tokens", _in, add_activation_magnitude),
-        Kind("active_tokens", "tokens", lambda out_features, in_features: (), add_active_tokens),
+        Kind("activation_moment", "input², sum over active tokens", _in_in, add_activation_moment, of_input=True),
+        Kind("activation_magnitude", "|input|, sum over active tokens", _in, add_activation_magnitude, of_input=True),
+        Kind("active_tokens", "tokens", lambda out_features, in_features: (), add_active_tokens, of_input=True),
         Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment),
         Kind(
             "kronecker_in",
