@@ -12,7 +12,8 @@ class LayerReport:
     """One targeted layer. `rank` is None where it stayed dense, and `note` then says why.
 
     `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, 0 where dense.
-    `trace` is the objective after every iteration, for methods that iterate.
+    `expected_loss` is what the change is expected to add to the loss, to second order; None where the statistics do not
+    tell. `trace` is the objective after every iteration, for methods that iterate.
     """
 
     name: str
@@ -23,6 +24,7 @@ class LayerReport:
     parameters_after: int
     relative_error: float = 0.0
     weighted_error: float = 0.0
+    expected_loss: float | None = 0.0
     seconds: float = 0.0
     note: str = ""
     trace: tuple[float, ...] = ()
@@ -50,13 +52,20 @@ class CompressionReport:
         return sum(layer.parameters_after for layer in self.layers)
 
     @property
+    def expected_loss(self) -> float | None:
+        """What all changes together are expected to add to the loss; None where the statistics do not tell."""
+        losses = [layer.expected_loss for layer in self.layers]
+        return None if None in losses else sum(loss for loss in losses if loss is not None)
+
+    @property
     def ranks(self) -> dict[str, int]:
         """The rank of every factorized layer."""
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        return asdict(self) | {"targeted_before": self.targeted_before, "targeted_after": self.targeted_after}
+        totals = ("targeted_before", "targeted_after", "expected_loss")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":
@@ -66,15 +75,16 @@ class CompressionReport:
         return cls(**{key: record[key] for key in kept}, layers=layers)
 
     def summary(self) -> str:
-        """The totals in three lines."""
+        """The totals in a few lines."""
         dense = sum(layer.rank is None for layer in self.layers)
+        expected = "" if self.expected_loss is None else f"\nexpected loss increase {self.expected_loss:.4g}"
         return (
             f"{len(self.ranks)} layers factorized by {self.settings.get('method')}, {dense} left dense, "
             f"in {self.seconds:.1f} s\n"
             f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
             f"({_share(self.targeted_after, self.targeted_before)})\n"
             f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
-            f"({_share(self.parameters_after, self.parameters_before)})"
+            f"({_share(self.parameters_after, self.parameters_before)}){expected}"
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

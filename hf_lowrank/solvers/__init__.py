@@ -6,7 +6,19 @@ both sides of W, whose best factors are a truncated SVD (`scaled.py`), or a weig
 are found by iteration (`elementwise.py`).
 """
 
+from hf_lowrank.solvers.elementwise import with_optimizer
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.methods import METHODS, Method, Objective, get_method
+from hf_lowrank.solvers.methods import METHODS, Method, Objective, get_method, loss_per_error
+from hf_lowrank.solvers.optimizers import OPTIMIZERS, get_optimizer
 
-__all__ = ["METHODS", "Factors", "Method", "Objective", "get_method"]
+__all__ = [
+    "METHODS",
+    "OPTIMIZERS",
+    "Factors",
+    "Method",
+    "Objective",
+    "get_method",
+    "get_optimizer",
+    "loss_per_error",
+    "with_optimizer",
+]

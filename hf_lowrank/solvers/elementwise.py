@@ -1,6 +1,7 @@
 """Importance of every single element: no closed form, so the factors are found by iteration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled
 # Elements below this share of the mean importance count as this share, so that no element is free.
 FLOOR = 1e-4
 
+# Iterations at most: those of first order are small steps, or many cheap ones.
+MAX_SWEEPS = 50
+MAX_ITERATIONS = dict.fromkeys(("sgd", "adam", "adam-sgd", "lbfgs", "em", "em-nesterov", "em-anderson"), 2000)
+
 
 @dataclass(frozen=True)
 class ElementWise:
@@ -22,7 +27,7 @@ class ElementWise:
     """
 
     importance: Tensor
-    max_sweeps: int = 50
+    max_sweeps: int = MAX_SWEEPS
     tolerance: float = 1e-4
     optimizer: str = "alternating"
 
@@ -32,6 +37,10 @@ class ElementWise:
     def error(self, delta: Tensor) -> Tensor:
         """Σ importance Δ² of a `delta` [out, in], a scalar."""
         return (self.importance.double() * delta.double().square()).sum()
+
+    def mass(self, shape: tuple[int, int]) -> Tensor:
+        """Σ importance, a scalar."""
+        return self.importance.double().sum()
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """That of the two-sided diagonal scaling nearest to the importance [min(out, in)], largest first."""
@@ -72,6 +81,10 @@ class Rotated:
         """That of the rotated `delta` [out, in], a scalar."""
         return self.objective.error(self._rotate(delta))
 
+    def mass(self, shape: tuple[int, int]) -> Tensor:
+        """That of the rotated objective: a rotation leaves random changes as they are."""
+        return self.objective.mass(shape)
+
     def spectrum(self, weight: Tensor) -> Tensor:
         """That of the rotated weight [min(out, in)], largest first."""
         return self.objective.spectrum(self._rotate(weight))
@@ -83,6 +96,13 @@ class Rotated:
 
     def _rotate(self, matrix: Tensor) -> Tensor:
         return self.left.T @ matrix.float() @ self.right
+
+
+def with_optimizer(objective: Any, optimizer: str) -> Any:
+    """An `ElementWise` or `Rotated` objective, minimised by another optimizer with the iterations that it may need."""
+    if isinstance(objective, Rotated):
+        return replace(objective, objective=with_optimizer(objective.objective, optimizer))
+    return replace(objective, optimizer=optimizer, max_sweeps=MAX_ITERATIONS.get(optimizer, MAX_SWEEPS))
 
 
 def eigenbasis(left_moment: Tensor, right_moment: Tensor) -> tuple[Tensor, Tensor]:

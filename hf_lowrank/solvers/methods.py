@@ -20,6 +20,9 @@ class Objective(Protocol):
     def error(self, delta: Tensor) -> Tensor:
         """The weighted squared error of a change `delta` [out, in], a scalar."""
 
+    def mass(self, shape: tuple[int, int]) -> Tensor:
+        """The expected `error` of a change (out, in) whose elements are independent with variance 1, a scalar."""
+
     def spectrum(self, weight: Tensor) -> Tensor:
         """What each singular direction contributes to `error` when discarded [min(out, in)], largest first."""
 
@@ -31,8 +34,9 @@ class Objective(Protocol):
 class Method:
     """A member of the family: its objective as a formula, its source, and the statistics it needs.
 
-    `allocation` is how ranks are spread over layers unless said otherwise: greedily where the objective is in units of
-    loss, so that layers can be compared, and uniformly elsewhere, as in the papers.
+    `allocation` is how ranks are spread over layers unless said otherwise. Errors `in_loss_units` are twice the
+    expected increase of the loss, so that layers can be compared; others are brought to that unit by `loss_per_error`.
+    A method that `iterates` has no closed form, and a choice of optimizers.
     """
 
     name: str
@@ -40,10 +44,30 @@ class Method:
     source: str
     needs: tuple[str, ...]
     allocation: str
+    in_loss_units: bool
+    iterates: bool
     objective: Callable[[Means], Objective]
+
+    def needs_for(self, losses: bool) -> tuple[str, ...]:
+        """The statistics that the method needs; with `losses`, also to say what loss an error means."""
+        unit = () if self.in_loss_units or not losses else LOSS_UNIT
+        return tuple(dict.fromkeys([*self.needs, *unit]))
 
 
 METHODS: dict[str, Method] = {}
+
+# What turns the error of an objective in other units into loss.
+LOSS_UNIT = ("fisher_rows",)
+
+
+def loss_per_error(objective: Objective, fisher_rows: Tensor, shape: tuple[int, int]) -> float:
+    """Twice the expected increase of the loss per error: a random change costs what the Fisher information says.
+
+    To second order a change with independent elements of variance 1 adds Σ F / 2 to the loss; `fisher_rows` [in] is F
+    summed over outputs.
+    """
+    mass = float(objective.mass(shape))
+    return float(fisher_rows.double().sum()) / mass if mass > 0 else 0.0
 
 
 def get_method(name: str) -> Method:
@@ -57,13 +81,21 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def method(name: str, formula: str, source: str, needs: tuple[str, ...] = (), allocation: str = "uniform") -> Callable:
+def method(
+    name: str,
+    formula: str,
+    source: str,
+    needs: tuple[str, ...] = (),
+    allocation: str = "uniform",
+    in_loss_units: bool = False,
+    iterates: bool = False,
+) -> Callable:
     """Register the decorated function, from a layer's statistics by kind to its objective, as a method."""
 
     def register(objective: Callable[[Means], Objective]) -> Callable[[Means], Objective]:
         if name in METHODS:
             raise ValueError(f"a method called {name!r} exists already")
-        METHODS[name] = Method(name, formula, source, needs, allocation, objective)
+        METHODS[name] = Method(name, formula, source, needs, allocation, in_loss_units, iterates, objective)
         return objective
 
     return register
@@ -85,13 +117,15 @@ def fwsvd(statistics: Means) -> Objective:
     return Scaled(Scaling(), DiagonalScaling(statistics["fisher_rows"]))
 
 
-@method("fwsvd2", "‖diag(√r) Δ diag(√f)‖², r fᵀ ≈ F", "the rank-1 Fisher, in closed form", ("fisher",))
+@method(
+    "fwsvd2", "‖diag(√r) Δ diag(√f)‖², r fᵀ ≈ F", "the rank-1 Fisher, in closed form", ("fisher",), in_loss_units=True
+)
 def fwsvd2(statistics: Means) -> Objective:
     """An element counts by the product of its row's and its column's Fisher information."""
     return ElementWise(statistics["fisher"]).two_sided()
 
 
-@method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",))
+@method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",), in_loss_units=True, iterates=True)
 def tfwsvd(statistics: Means) -> Objective:
     """Every element counts by its own Fisher information."""
     return ElementWise(statistics["fisher"])
@@ -115,6 +149,7 @@ def whiten(statistics: Means) -> Objective:
     "whitening × output gradients",
     ("activation_moment", "gradient_moment", "active_tokens"),
     "greedy",
+    in_loss_units=True,
 )
 def whiten_diag(statistics: Means) -> Objective:
     """As `whiten`, each output weighted by its mean squared gradient."""
@@ -127,6 +162,7 @@ def whiten_diag(statistics: Means) -> Objective:
     "K-FAC, Martens & Grosse (2015)",
     ("activation_moment", "gradient_moment", "active_tokens"),
     "greedy",
+    in_loss_units=True,
 )
 def kfac(statistics: Means) -> Objective:
     """The expected squared change of the loss, with inputs and output gradients taken as independent."""
@@ -151,6 +187,8 @@ def gfwsvd(statistics: Means) -> Objective:
     "EK-FAC, George et al. (2018)",
     ("activation_moment", "gradient_moment", "fisher_in_eigenbasis"),
     "greedy",
+    in_loss_units=True,
+    iterates=True,
 )
 def ekfac(statistics: Means) -> Objective:
     """Every element counts by its own Fisher information, in the basis where inputs and gradients are uncorrelated."""

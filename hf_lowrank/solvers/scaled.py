@@ -22,6 +22,10 @@ class Scaling:
         """S⁻¹ @ matrix."""
         return matrix
 
+    def power(self, size: int) -> Tensor:
+        """‖S‖²_F for S [size, size], a scalar."""
+        return torch.tensor(float(size), dtype=torch.float64)
+
 
 class DiagonalScaling(Scaling):
     """S = diag(√importance), for an `importance` [n] of squared errors; zeros are raised to a floor.
@@ -39,6 +43,9 @@ class DiagonalScaling(Scaling):
 
     def undo(self, matrix: Tensor) -> Tensor:
         return matrix / self.root
+
+    def power(self, size: int) -> Tensor:
+        return self.root.square().sum()
 
 
 class WhiteningScaling(Scaling):
@@ -66,6 +73,9 @@ class WhiteningScaling(Scaling):
     def undo(self, matrix: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.upper, matrix.to(self.upper.dtype), upper=True)
 
+    def power(self, size: int) -> Tensor:
+        return self.upper.square().sum()
+
 
 @dataclass(frozen=True)
 class Scaled:
@@ -81,6 +91,11 @@ class Scaled:
     def error(self, delta: Tensor) -> Tensor:
         """‖L Δ Rᵀ‖²_F of a `delta` [out, in], a scalar."""
         return self._scale(delta).square().sum()
+
+    def mass(self, shape: tuple[int, int]) -> Tensor:
+        """‖L‖²_F ‖R‖²_F for weights of `shape` (out, in), a scalar."""
+        left, right = self.left.power(shape[0]), self.right.power(shape[1])
+        return left * right.to(left.device)
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """The squared singular values of L W Rᵀ [min(out, in)], largest first."""

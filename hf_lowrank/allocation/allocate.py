@@ -1,0 +1,120 @@
+"""A budget, spread over the targeted layers by an allocation within bounds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowrank.allocation.budget import Budget, Limit, check_range, limit_of
+from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
+from hf_lowrank.allocation.costs import Shape, parameters, parameters_at
+from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.targets import weight_shape
+
+Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a budget is spread: an allocation of `ALLOCATIONS`, and what bounds every layer's rank.
+
+    Ranks are multiples of `align`. `floor` and `cap` are relative to the uniform rank at the same budget: no layer
+    gets less than `floor` (0 to 1) times it, none more than `cap` (at least 1).
+
+    Raises:
+        LowRankError: the allocation is unknown, or a bound is out of range.
+    """
+
+    allocation: str = "uniform"
+    align: int = 1
+    floor: float = 0.0
+    cap: float = math.inf
+
+    def __post_init__(self) -> None:
+        get_allocation(self.allocation)
+        if self.align < 1 or not 0 <= self.floor <= 1 or self.cap < 1:
+            raise LowRankError(
+                f"align must be at least 1, floor in [0, 1] and cap at least 1; they are {self.align}, {self.floor} "
+                f"and {self.cap}"
+            )
+
+
+def allocate(
+    targets: dict[str, nn.Module],
+    model_parameters: int,
+    budget: Budget,
+    spread: Spread,
+    spectrum: Callable[[str], Tensor] | None = None,
+    profile: Profile | None = None,
+) -> Ranks:
+    """The rank of every target, None where it stays dense, that together cost no more than the budget.
+
+    Args:
+        model_parameters: those of the whole model, targets included.
+        spectrum: name → what discarding each direction adds to the loss, largest first; for allocations that ask it.
+        profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.profiling`).
+
+    Raises:
+        LowRankError: the budget is below the least possible or above the dense size, or the profile is missing.
+    """
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    rule = get_allocation(spread.allocation)
+    limit = _limit(budget, shapes, model_parameters, dense_weight(next(iter(targets.values()))))
+    plain = {name: layer_choices(shape, limit.cost, spread.align) for name, shape in shapes.items()}
+    if budget.kind != "rank_ratio":
+        check_range(budget, limit, cheapest(plain), dearest(plain))
+    total = max(limit.total, cheapest(plain))
+    chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
+    if rule.losses != "none":
+        uniform = {name: each.ranks[chosen[name]] for name, each in plain.items()}
+        choices = {
+            name: _bounded(each, uniform[name], limit, spread, spectrum(name) if spectrum else None)
+            for name, each in plain.items()
+        }
+        if rule.losses == "profile":
+            choices = {name: _profiled(name, each, profile) for name, each in choices.items()}
+        chosen = rule.decide(choices, max(total, cheapest(choices)))
+    return {name: choices[name].ranks[index] for name, index in chosen.items()}
+
+
+def uniform_ranks(shapes: dict[str, Shape], rank_ratio: float) -> dict[str, int]:
+    """rank_ratio · min(in, out) for every layer, rounded, at least 1. The papers' setting."""
+    return {name: max(1, round(rank_ratio * min(shape))) for name, shape in shapes.items()}
+
+
+def _limit(budget: Budget, shapes: dict[str, Shape], model_parameters: int, probe: torch.Tensor) -> Limit:
+    if budget.kind != "rank_ratio":
+        return limit_of(budget, shapes.values(), model_parameters, probe)
+    ranks = uniform_ranks(shapes, budget.value)
+    total = sum(parameters_at(shape, ranks[name]) for name, shape in shapes.items())
+    return Limit(total, parameters, lambda total: total)
+
+
+def _bounded(each: Choices, uniform: int | None, limit: Limit, spread: Spread, spectrum: Tensor | None) -> Choices:
+    """The choices of a layer with their losses, between the floor and the cap around its uniform rank."""
+    break_even = max((rank for rank in each.ranks if rank is not None), default=1)
+    around = break_even if uniform is None else uniform
+    least, most = spread.floor * around, spread.cap * around
+    values = None if spectrum is None else spectrum.tolist()
+    return layer_choices(each.shape, limit.cost, spread.align, least, most, values)
+
+
+def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:
+    """The choices of a layer that were measured, and dense, with losses made to never rise with the rank."""
+    measured = (profile or {}).get(name, {})
+    kept = [n for n, rank in enumerate(each.ranks) if rank is None or rank in measured]
+    if not measured or not kept:
+        raise LowRankError(
+            f"{name}: the profile has no measured loss at a rank that the bounds allow; see "
+            "hf_lowrank.profiling.profile_losses"
+        )
+    losses: list[float] = []
+    for n in reversed(kept):
+        rank = each.ranks[n]
+        losses.insert(0, max(0.0 if rank is None else measured[rank], losses[0] if losses else 0.0))
+    ranks, costs = tuple(each.ranks[n] for n in kept), tuple(each.costs[n] for n in kept)
+    return replace(each, ranks=ranks, costs=costs, losses=tuple(losses))

@@ -1,0 +1,108 @@
+"""A budget as a person thinks of it → what the targeted layers may cost together, and in which unit."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_lowrank.allocation.costs import Cost, Shape, flops, measured_latency, parameters
+from hf_lowrank.errors import LowRankError
+
+# Every budget, its unit and its meaning: the one definition of each.
+BUDGETS = {
+    "rank_ratio": "rank / min(in, out) of every targeted layer; allocations but the uniform one get as many parameters",
+    "keep": "share of the targeted layers' parameters to keep",
+    "keep_model": "share of the whole model's parameters to keep",
+    "params": "parameters of the whole compressed model, such as 66.5M",
+    "flops": "floating-point operations of one token through the targeted layers, such as 28M",
+    "latency": "share of the targeted layers' time to keep, measured on this machine",
+}
+
+
+class ImpossibleBudget(LowRankError):
+    """No ranks meet the budget, or every layer could stay dense."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of `BUDGETS` with its value.
+
+    Raises:
+        LowRankError: the value is not a positive number, or a share above 1.
+    """
+
+    kind: str
+    value: float
+
+    def __post_init__(self) -> None:
+        share = self.kind not in ("params", "flops")
+        if not (self.value > 0 and (self.value <= 1 or not share)):
+            bounds = "in (0, 1]" if share else "a positive number"
+            raise LowRankError(f"{self.kind} must be {bounds}, {BUDGETS[self.kind]}; it is {self.value}")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The most that all targeted layers may cost together, by `cost`. `shown` turns a total back into the budget."""
+
+    total: float
+    cost: Cost
+    shown: Callable[[float], float]
+
+
+def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, probe: torch.Tensor) -> Limit:
+    """What a budget other than a rank ratio allows layers of these shapes.
+
+    `probe` is any weight of the model: latency is measured in its dtype on its device.
+    """
+    shapes = list(shapes)
+    dense = sum(parameters(shape, None) for shape in shapes)
+    if budget.kind == "flops":
+        return Limit(budget.value, flops, lambda total: total)
+    if budget.kind == "latency":
+        cost = measured_latency(shapes, probe.dtype, probe.device)
+        whole = sum(cost(shape, None) for shape in shapes)
+        return Limit(budget.value * whole, cost, lambda total: total / whole)
+    if budget.kind == "keep":
+        return Limit(budget.value * dense, parameters, lambda total: total / dense)
+    others = model_parameters - dense
+    scale = model_parameters if budget.kind == "keep_model" else 1
+    return Limit(budget.value * scale - others, parameters, lambda total: (total + others) / scale)
+
+
+def check_range(budget: Budget, limit: Limit, least: float, most: float) -> None:
+    """Raise where no ranks meet the limit, or every layer could stay dense.
+
+    Raises:
+        ImpossibleBudget: the message gives the possible range in the budget's own unit.
+    """
+    # A share of 1 or the dense size itself is allowed: it asks for nothing.
+    if limit.total < least * (1 - 1e-9) or limit.total > most * (1 + 1e-9):
+        low, high = (_readable(budget, limit.shown(total)) for total in (least, most))
+        raise ImpossibleBudget(
+            f"{budget.kind} {_readable(budget, budget.value)} cannot be met: it must be between {low} (the smallest "
+            f"ranks) and {high} (all layers dense)"
+        )
+
+
+def parse_count(text: Any) -> float:
+    """A number with an optional K, M or B.
+
+    >>> parse_count("66.5M")
+    66500000.0
+
+    Raises:
+        LowRankError: it is something else.
+    """
+    if isinstance(text, (int, float)):
+        return text
+    factor = {"K": 1e3, "M": 1e6, "B": 1e9}.get(str(text).strip()[-1:].upper(), 1)
+    try:
+        return round(float(str(text).strip().rstrip("KMBkmb")) * factor, 3)
+    except ValueError:
+        raise LowRankError(f"{text!r} is not a count such as 66500000, 66.5M or 7B") from None
+
+
+def _readable(budget: Budget, value: float) -> str:
+    return f"{value:,.0f}" if budget.kind in ("params", "flops") else f"{value:.4f}"

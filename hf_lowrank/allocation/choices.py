@@ -1,0 +1,71 @@
+"""What an allocation chooses from: the ranks a layer may have, what each costs, and what loss each adds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_lowrank.allocation.costs import Cost, Shape
+
+Ranks = dict[str, int | None]  # None: the layer stays dense
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One layer: its ranks, ascending, with what they cost and lose; the last is None, dense, unless a cap forbids it.
+
+    `costs` never fall along the list and `losses`, where an allocation has any, never rise; dense loses nothing.
+    `spectrum` is what each direction of the weight contributes to them.
+    """
+
+    shape: Shape
+    ranks: tuple[int | None, ...]
+    costs: tuple[float, ...]
+    losses: tuple[float, ...] = ()
+    spectrum: tuple[float, ...] = ()
+
+    def at_most(self, rank: float) -> int:
+        """The index of the largest choice of at most this rank, or the first; dense only where nothing else is left."""
+        fitting = [n for n, own in enumerate(self.ranks) if own is not None and own <= rank]
+        return fitting[-1] if fitting else 0
+
+
+def layer_choices(
+    shape: Shape,
+    cost: Cost,
+    align: int = 1,
+    least: float = 0,
+    most: float = float("inf"),
+    spectrum: Sequence[float] | None = None,
+) -> Choices:
+    """The multiples of `align` from `least` to `most` that cost less than the dense layer, and the dense layer itself.
+
+    `spectrum` [min(out, in)] is what discarding each direction adds to the loss, largest first: a rank loses the sum
+    of those beyond it. `most` below break-even forbids the dense layer too.
+    """
+    dense = cost(shape, None)
+    saving = [r for r in range(align, min(shape) + 1, align) if cost(shape, r) < dense]
+    allowed = [r for r in saving if least <= r <= most] or saving[-1:]
+    capped = bool(saving) and most < saving[-1]
+    ranks: tuple[int | None, ...] = (*allowed,) if capped else (*allowed, None)
+    costs = tuple(cost(shape, rank) for rank in ranks)
+    if spectrum is None:
+        return Choices(shape, ranks, costs)
+    tails = [0.0]
+    for value in reversed(spectrum):
+        tails.append(tails[-1] + value)
+    tails.reverse()  # tails[r] is what rank r loses
+    return Choices(shape, ranks, costs, tuple(0.0 if rank is None else tails[rank] for rank in ranks), tuple(spectrum))
+
+
+def total_cost(choices: dict[str, Choices], chosen: dict[str, int]) -> float:
+    """What the chosen indices cost together."""
+    return sum(choices[name].costs[index] for name, index in chosen.items())
+
+
+def cheapest(choices: dict[str, Choices]) -> float:
+    """The least that every layer together can cost."""
+    return sum(each.costs[0] for each in choices.values())
+
+
+def dearest(choices: dict[str, Choices]) -> float:
+    """The most that every layer together can cost."""
+    return sum(each.costs[-1] for each in choices.values())

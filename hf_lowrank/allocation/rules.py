@@ -1,0 +1,200 @@
+"""Allocations: the choices of every layer + a budget → one choice for each. A dict and a decorator."""
+
+import heapq
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hf_lowrank.allocation.choices import Choices, total_cost
+from hf_lowrank.errors import LowRankError
+
+Chosen = dict[str, int]  # name → index into its choices
+Decide = Callable[[dict[str, Choices], float], Chosen]
+
+# The knapsack counts costs in this many parts of the budget, rounded up, so that the budget is never exceeded.
+KNAPSACK_PARTS = 4096
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A rule that spreads a budget over layers, and where it takes the losses of choices from.
+
+    "spectrum" is the loss that the method's own objective expects, "profile" the loss measured layer by layer.
+    """
+
+    name: str
+    description: str
+    losses: Literal["none", "spectrum", "profile"]
+    decide: Decide
+
+
+ALLOCATIONS: dict[str, Allocation] = {}
+
+
+def get_allocation(name: str) -> Allocation:
+    """The allocation called `name`.
+
+    Raises:
+        LowRankError: there is none; the message lists the names.
+    """
+    if name not in ALLOCATIONS:
+        raise LowRankError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
+    return ALLOCATIONS[name]
+
+
+def allocation(name: str, description: str, losses: Literal["none", "spectrum", "profile"]) -> Callable:
+    """Register the decorated function as an allocation."""
+
+    def register(decide: Decide) -> Decide:
+        if name in ALLOCATIONS:
+            raise ValueError(f"an allocation called {name!r} exists already")
+        ALLOCATIONS[name] = Allocation(name, description, losses, decide)
+        return decide
+
+    return register
+
+
+@allocation("uniform", "the same share of its ranks for every layer", "none")
+def uniform(choices: dict[str, Choices], budget: float) -> Chosen:
+    """The largest share of min(out, in) that fits, for every layer alike. The setting of FWSVD and TFWSVD."""
+
+    def chosen(ratio: float) -> Chosen:
+        return {name: _at_share(each, ratio) for name, each in choices.items()}
+
+    return _largest(chosen, choices, budget)
+
+
+@allocation("greedy", "directions in the order of expected loss saved per cost", "spectrum")
+def greedy(choices: dict[str, Choices], budget: float) -> Chosen:
+    """Steps of most loss saved per cost, over all layers, until the budget is used.
+
+    A layer's steps are the edges of the convex hull of its (cost, loss) points, which is optimal where losses add up
+    and steps are small; where an edge is too dear for what is left, its first single step is tried instead.
+    """
+    chosen = dict.fromkeys(choices, 0)
+    left = budget - total_cost(choices, chosen)
+    hulls = {name: _hull(each) for name, each in choices.items()}
+
+    def step(name: str, target: int) -> tuple[float, str, int]:
+        each, now = choices[name], chosen[name]
+        more, saved = each.costs[target] - each.costs[now], each.losses[now] - each.losses[target]
+        return -saved / more if more > 0 else -math.inf, name, target
+
+    def next_step(name: str) -> list[tuple[float, str, int]]:
+        return [step(name, index) for index in hulls[name] if index > chosen[name]][:1]
+
+    waiting = [first for name in choices for first in next_step(name)]
+    heapq.heapify(waiting)
+    while waiting:
+        _, name, target = heapq.heappop(waiting)
+        more = choices[name].costs[target] - choices[name].costs[chosen[name]]
+        if more <= left:
+            chosen[name], left = target, left - more
+            for following in next_step(name):
+                heapq.heappush(waiting, following)
+        elif target > chosen[name] + 1:
+            heapq.heappush(waiting, step(name, chosen[name] + 1))
+    return chosen
+
+
+@allocation("type-wise", "one rank for all layers of a type, greedy over types", "spectrum")
+def type_wise(choices: dict[str, Choices], budget: float) -> Chosen:
+    """As greedy, with all layers of one type and shape (names that differ in numbers alone) moving together."""
+    kinds: dict[tuple[str, tuple[int | None, ...]], list[str]] = {}
+    for name, each in choices.items():
+        kinds.setdefault((re.sub(r"\d+", "*", name), each.ranks), []).append(name)
+    joined = {
+        str(number): Choices(
+            choices[names[0]].shape,
+            choices[names[0]].ranks,
+            tuple(map(sum, zip(*(choices[name].costs for name in names), strict=True))),
+            tuple(map(sum, zip(*(choices[name].losses for name in names), strict=True))),
+        )
+        for number, names in enumerate(kinds.values())
+    }
+    together = greedy(joined, budget)
+    return {name: together[str(number)] for number, names in enumerate(kinds.values()) for name in names}
+
+
+@allocation("effective-rank", "ranks in proportion to the entropy of the spectrum", "spectrum")
+def effective_rank(choices: dict[str, Choices], budget: float) -> Chosen:
+    """Ranks proportional to exp(entropy of the normalised spectrum), Roy & Vetterli (2007), as large as fits."""
+    effective = {name: _effective_rank(each) for name, each in choices.items()}
+
+    def chosen(factor: float) -> Chosen:
+        return {name: _at_share(each, factor * effective[name] / min(each.shape)) for name, each in choices.items()}
+
+    return _largest(chosen, choices, budget, most=max(min(each.shape) for each in choices.values()))
+
+
+@allocation("knapsack", "the best combination of losses measured layer by layer at a few ranks", "profile")
+def knapsack(choices: dict[str, Choices], budget: float) -> Chosen:
+    """The choices of least total loss within the budget, by dynamic programming over the budget in equal parts."""
+    parts = {
+        name: [math.ceil((cost - each.costs[0]) / budget * KNAPSACK_PARTS) for cost in each.costs]
+        for name, each in choices.items()
+    }
+    room = KNAPSACK_PARTS - math.ceil(sum(each.costs[0] for each in choices.values()) / budget * KNAPSACK_PARTS)
+    best, picks = np.zeros(room + 1), []
+    for name, each in choices.items():
+        options = np.full((len(each.ranks), room + 1), np.inf)
+        for n, (part, loss) in enumerate(zip(parts[name], each.losses, strict=True)):
+            if part <= room:
+                options[n, part:] = best[: room + 1 - part] + loss
+        picks.append(options.argmin(axis=0))
+        best = options.min(axis=0)
+    chosen = {}
+    for (name, _), pick in zip(reversed(choices.items()), reversed(picks), strict=True):
+        chosen[name] = int(pick[room])
+        room -= parts[name][chosen[name]]
+    return {name: chosen[name] for name in choices}
+
+
+def _at_share(each: Choices, ratio: float) -> int:
+    """The choice at rank ratio · min(out, in), rounded; dense where that is no longer among the ranks that save."""
+    rank = round(ratio * min(each.shape))
+    if each.ranks[-1] is None and rank > (each.ranks[-2] if len(each.ranks) > 1 else 0):  # type: ignore[operator]
+        return len(each.ranks) - 1
+    return each.at_most(rank)
+
+
+def _largest(
+    chosen: Callable[[float], Chosen], choices: dict[str, Choices], budget: float, most: float = 1.0
+) -> Chosen:
+    """The choices at the largest share up to `most` that the budget allows, by bisection."""
+    low, high = 0.0, most
+    if total_cost(choices, chosen(high)) <= budget:
+        return chosen(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total_cost(choices, chosen(middle)) <= budget else (low, middle)
+    return chosen(low)
+
+
+def _hull(each: Choices) -> list[int]:
+    """The indices on the lower convex hull of the (cost, loss) points."""
+    hull: list[int] = []
+    for index in range(len(each.ranks)):
+        while len(hull) >= 2 and _above(each, hull[-2], hull[-1], index):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _above(each: Choices, a: int, b: int, c: int) -> bool:
+    """Whether the point b lies on or above the line from a to c."""
+    (xa, ya), (xb, yb), (xc, yc) = ((each.costs[n], each.losses[n]) for n in (a, b, c))
+    return (yb - ya) * (xc - xa) >= (yc - ya) * (xb - xa)
+
+
+def _effective_rank(each: Choices) -> float:
+    spectrum = np.asarray(each.spectrum)
+    spectrum = spectrum[spectrum > 0]
+    if len(spectrum) == 0:
+        return 1.0
+    share = spectrum / spectrum.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
