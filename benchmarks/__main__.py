@@ -9,7 +9,18 @@ from pathlib import Path
 import torch
 from datasets.utils.logging import disable_progress_bar
 
-from benchmarks import convergence, fisher, layer, memory, quality, truncated_svd
+from benchmarks import (
+    calibration,
+    convergence,
+    coverage,
+    fisher,
+    layer,
+    memory,
+    model_speed,
+    profile_compress,
+    scaling,
+    truncated_svd,
+)
 from benchmarks.harness import Options, Result, machine_facts
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
@@ -18,10 +29,16 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "fisher": fisher.run,
     "truncated_svd": truncated_svd.run,
     "layer": layer.run,
+    "model_speed": model_speed.run,
+    "profile": profile_compress.run,
     "memory": memory.run,
-    "quality": quality.run,
+    "scaling": scaling.run,
+    "calibration": calibration.run,
     "convergence": convergence.run,
+    "coverage": coverage.run,
 }
+
+NEED_MODEL = ("calibration", "profile")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -29,9 +46,13 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   fisher         compute_fisher / an ordinary training pass, and / one sample at a time    about 8 minutes
   truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
   layer          LowRankLinear against nn.Linear                                           under a minute
+  model_speed    low-rank MiniLM and BERT-base shapes against the dense ones               about 3 minutes
+  profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   memory         peak memory of compress, in a process of its own                          about 2 minutes
-  quality        score of every method at four rank ratios; needs --model                  about 10 minutes for MiniLM
+  scaling        two processes against one                                                 about 2 minutes
+  calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
+  coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: hours
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
 Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.
@@ -57,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     torch.set_num_threads(given.threads)
     options = Options(
-        given.threads, given.rounds, given.model, given.task, given.data_dir, given.all_layers, given.output
+        given.threads, given.rounds, given.model, given.task, given.data_dir, given.all_layers, given.all, given.output
     )
     try:
-        for name in given.names or [name for name in BENCHMARKS if given.model or name != "quality"]:
+        for name in given.names or [name for name in BENCHMARKS if given.model or name not in NEED_MODEL]:
             _run(name, options, given.output)
     except LowRankError as error:
         print(error, file=sys.stderr)
@@ -100,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all, quality only with --model"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(BENCHMARKS)}; default: all, {' and '.join(NEED_MODEL)} only with --model",
     )
     parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
     parser.add_argument("--rounds", type=_positive, default=5, help="turns that each competitor takes (default: 5)")
@@ -108,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
-    parser.add_argument("--model", help="quality, and convergence: a real model, a folder or a name on the Hub")
+    parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
+    parser.add_argument(
+        "--model", help="calibration, profile, and convergence: a real model, a folder or a name on the Hub"
+    )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with the task's train and validation files (default: the Hub's)"

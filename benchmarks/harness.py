@@ -1,8 +1,5 @@
 """What every benchmark shares: its options, competitors timed in alternation, a table, and facts about the machine."""
 
-import datetime
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+
+from hf_lowrank.bench.machine import machine_facts
+
+__all__ = [
+    "Options",
+    "Result",
+    "Row",
+    "Spread",
+    "alternate",
+    "machine_facts",
+    "milliseconds",
+    "ratio",
+    "repeats_for",
+    "steady_clock",
+]
 
 Row = dict[str, str]
 
@@ -26,6 +37,7 @@ class Options:
     task: str | None = None
     data_dir: Path | None = None
     all_layers: bool = False
+    everything: bool = False
     output: Path = Path("benchmarks/results")
 
 
@@ -76,7 +88,20 @@ class Spread:
         return f"{middle} ({low}–{high})"
 
 
-def alternate(competitors: Mapping[str, Callable[[], Any]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def steady_clock() -> Callable[[], float]:
+    """The thread's CPU time where PyTorch has one thread, which others on the machine do not stretch; or wall time.
+
+    Only for work that neither waits nor starts threads of its own.
+    """
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def alternate(
+    competitors: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each competitor in each round, taken in turn (A B A B …), after one round that is not counted.
 
     Turns put all competitors under the same conditions, so that ratios within a round are fair on a shared machine.
@@ -85,11 +110,11 @@ def alternate(competitors: Mapping[str, Callable[[], Any]], rounds: int, repeats
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for turn in range(rounds + 1):
         for name, competitor in competitors.items():
-            started = time.perf_counter()
+            started = clock()
             for _ in range(repeats):
                 competitor()
             if turn > 0:
-                seconds[name].append((time.perf_counter() - started) / repeats)
+                seconds[name].append((clock() - started) / repeats)
     return seconds
 
 
@@ -109,24 +134,3 @@ def repeats_for(call: Callable[[], Any], seconds: float = 0.02) -> int:
 def milliseconds(seconds: Sequence[float]) -> str:
     """The median in milliseconds, as text."""
     return f"{1000 * statistics.median(seconds):.3g}"
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a measured time depends on."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

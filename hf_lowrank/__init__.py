@@ -7,6 +7,7 @@ evaluate
 from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.configuration_lowrank import LowRankConfig
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.hub import push_folder
 from hf_lowrank.modeling_lowrank import LowRankLinear, register
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.solvers import METHODS
@@ -27,4 +28,5 @@ __all__ = [
     "compress",
     "compute_fisher",
     "compute_statistics",
+    "push_folder",
 ]

@@ -2,20 +2,26 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import BUDGETS, Budget, Profile, Spread, allocate, get_allocation, parse_count
+from hf_lowrank.allocation import BUDGETS, Budget, Profile, Ranks, Spread, allocate, get_allocation, parse_count
+from hf_lowrank.checkpoint import Work
+from hf_lowrank.distributed import Result, divided, estimated_cost, on_main
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.forms import check_form, to_form
 from hf_lowrank.layers import LayerSolver
 from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
 from hf_lowrank.progress import bar
-from hf_lowrank.report import CompressionReport
+from hf_lowrank.report import CompressionReport, LayerReport
 from hf_lowrank.solvers import METHODS, get_method, get_optimizer
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.targets import check_weights, find_targets
+from hf_lowrank.targets import check_weights, find_targets, weight_shape
+from hf_lowrank.weights import is_sharded, placed_like, unwrapped
 
 DEFAULT_RANK_RATIO = 0.33
 
@@ -27,7 +33,7 @@ class CompressionConfig:
     The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
     any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, `floor` and
     `cap` bound the ranks (see `Spread`). `optimizer` is one of `OPTIMIZERS`, for methods that iterate. `include` and
-    `exclude` are name patterns (see `find_targets`).
+    `exclude` are name patterns (see `find_targets`). `form` is "factors" or "interpolative" (see `to_form`).
 
     Raises:
         LowRankError: an unknown name, a value out of range, or several budgets.
@@ -47,6 +53,7 @@ class CompressionConfig:
     floor: float = 0.0
     cap: float | None = None
     optimizer: str | None = None
+    form: str = "factors"
 
     def __post_init__(self) -> None:
         method = get_method(self.method)
@@ -59,6 +66,7 @@ class CompressionConfig:
             if not method.iterates:
                 iterating = ", ".join(name for name, each in METHODS.items() if each.iterates)
                 raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
+        check_form(self.form)
         _ = self.budget, self.spread  # raise where they are out of range
 
     @property
@@ -87,6 +95,7 @@ def compress(
     statistics: Statistics | None = None,
     progress: bool = True,
     profile: Profile | None = None,
+    work: Work | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
 
@@ -97,38 +106,99 @@ def compress(
         model: any transformers model; nothing but its targeted linears changes.
         statistics: what is needed (see `CompressionConfig.needs`), measured on this very model.
         profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
+        work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
+
+    Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
+    DistributedDataParallel is taken out of it.
 
     Raises:
         LowRankError: nothing matches a pattern; a weight is not finite; statistics are missing, of another model or of
-            other shapes; the budget cannot be met.
+            other shapes; the budget cannot be met; the model is sharded over processes.
     """
+    model = unwrapped(model)
+    if is_sharded(model):
+        raise LowRankError(
+            "the model is sharded by FSDP2, and a sharded layer cannot be replaced: save the statistics measured on "
+            "it, and compress a copy that is not (device_map and CPU offload are fine, layers move one at a time)"
+        )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
+    if config.form != "factors" and any(isinstance(module, nn.Embedding) for module in targets.values()):
+        raise LowRankError(f"the {config.form} form is for linear layers: compress embeddings in a step of their own")
     solver = layer_solver(targets, config, statistics)
     before, started = model.num_parameters(), time.perf_counter()
-    ranks = allocate(targets, before, config.budget, config.spread, solver.spectrum, profile)
+    spectrum = _divided_spectra(solver, progress, work)
+    unreached = {name for name in targets if statistics is not None and not statistics.reach(name)}
+
+    if unreached == targets.keys():
+        raise LowRankError(
+            "by the statistics no sample's loss depends on any targeted layer; a loss that compares the samples of a "
+            "batch (a contrastive one) is constant for a single sample: measure them with another head or task"
+        )
+
+    def decide() -> Ranks:
+        weighed = {name: module for name, module in targets.items() if name not in unreached}
+        return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form)
+
+    decided = _decided(decide, work)
+    ranks = {name: decided.get(name) for name in targets}
     try:
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
-    layers = []
-    with bar(f"factorizing by {config.method}", len(ranks), "layers", progress) as shown:
-        for name, rank in ranks.items():
-            if rank is None:
-                layer = solver.dense(name)
-            else:
-                low_rank, layer = solver.low_rank(name, rank)
-                replace_module(model, name, low_rank)
-            layers.append(layer)
-            del targets[name]  # a dense layer that was replaced can be freed
+    layers = {name: solver.dense(name) for name, rank in ranks.items() if rank is None}
+    layers |= {n: replace(layer, note="no sample reached it") for n, layer in layers.items() if n in unreached}
+    costs = {name: estimated_cost(weight_shape(targets[name])) for name in ranks if name not in layers}
+
+    def solve(name: str) -> Result:
+        low_rank, layer = solver.low_rank(name, ranks[name] or 1)
+        return dict(zip(("up", "down"), low_rank.matrices(), strict=True)), asdict(layer)
+
+    with bar(f"factorizing by {config.method}", len(costs), "layers", progress) as shown:
+        kept = work.store("factors") if work is not None else None
+        for name, (factors, facts) in divided(costs, solve, kept):
+            replace_module(model, name, placed_like(targets.pop(name), factors))  # and the dense layer can be freed
+            layers[name] = LayerReport.from_dict(facts)
             shown.update()
+    if config.form != "factors":
+        to_form(model, config.form)
+        low_rank_model: Any = model
+        for name, layer in low_rank_model.factorized_layers().items():
+            if name in costs:
+                layers[name] = replace(layers[name], parameters_after=layer.num_parameters())
     described = {}
     if statistics is not None and config.needs:
         described = {"samples": statistics.samples, "origin": statistics.origin}
     seconds = time.perf_counter() - started
-    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, tuple(layers), described)
+    ordered = tuple(layers[name] for name in ranks)
+    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, ordered, described)
     model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
     return model, report
+
+
+def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Callable[[str], Tensor]:
+    """Spectra by name: those of all layers, divided among the processes, when the first one is asked for."""
+    costs = {name: estimated_cost(weight_shape(module)) for name, module in solver.targets.items()}
+    known: dict[str, Tensor] = {}
+
+    def spectrum(name: str) -> Tensor:
+        if not known:
+            with bar("weighing", len(costs), "layers", progress) as shown:
+                kept = work.store("spectra") if work is not None else None
+                for each, (tensors, _) in divided(costs, lambda name: ({"spectrum": solver.spectrum(name)}, {}), kept):
+                    known[each] = tensors["spectrum"]
+                    shown.update()
+        return known[name]
+
+    return spectrum
+
+
+def _decided(decide: Callable[[], Ranks], work: Work | None) -> Ranks:
+    """The main process's ranks on all of them: a latency that each measured itself would differ."""
+    if work is not None:
+        return work.decided("ranks", decide)
+    ranks = decide()
+    return on_main(lambda: ranks)
 
 
 def layer_solver(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +23,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "lowrank"
 FORMAT_VERSION = 1
+FORM_NAMES = ("factors", "interpolative")
 SOURCE_FILES = ("configuration_lowrank.py", "modeling_lowrank.py")
+
+_MODULE_NAME = re.compile(r"[^\s./\\]+(\.[^\s./\\]+)*")  # as `named_modules` makes them; no path can be one
 
 # A plain mixin for Python (as a config it would bring its own defaults in front of the base's, such as T5's
 # `is_encoder_decoder`); a config for the type checker, which has to know what it is mixed into.
@@ -32,19 +37,39 @@ else:
 
 
 def validate_ranks(ranks: Any) -> dict[str, int]:
-    """A checked copy of {module name: rank}.
+    """A checked copy of {module name: rank}. That they fit the model is checked when its layers are replaced.
 
     Raises:
-        ValueError: not a mapping, a name that is not a string, or a rank that is not a positive integer.
+        ValueError: not a mapping, a name that cannot be a module's, or a rank that is not a positive integer.
     """
     if not isinstance(ranks, Mapping):
-        raise ValueError(f"`ranks` of a low-rank config maps module names to ranks, but it is {ranks!r}")
+        raise ValueError(f"`ranks` of a low-rank config maps module names to ranks, but it is {reprlib.repr(ranks)}")
     for name, rank in ranks.items():
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"`ranks` of a low-rank config has the key {name!r}: module names are non-empty strings")
+        if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
+            raise ValueError(
+                f"`ranks` of a low-rank config has the key {reprlib.repr(name)}: module names are words joined by dots"
+            )
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"`ranks` gives {name!r} the rank {rank!r}: ranks are positive integers")
+            raise ValueError(f"`ranks` gives {name!r} the rank {reprlib.repr(rank)}: ranks are positive integers")
     return dict(ranks)
+
+
+def validate_forms(forms: Any, ranks: Mapping[str, int]) -> dict[str, str]:
+    """A checked copy of {module name: form}, of modules that `ranks` names.
+
+    Raises:
+        ValueError: not a mapping, another module, or a form that this code does not know.
+    """
+    if not isinstance(forms, Mapping):
+        raise ValueError(f"`forms` of a low-rank config maps module names to forms, but it is {forms!r}")
+    for name, form in forms.items():
+        if name not in ranks:
+            raise ValueError(f"`forms` of a low-rank config names {name!r}, which `ranks` does not")
+        if form not in FORM_NAMES:
+            raise ValueError(
+                f"`forms` gives {name!r} the form {form!r}; this code knows {', '.join(FORM_NAMES)}: upgrade hf_lowrank"
+            )
+    return dict(forms)
 
 
 def validate_format_version(version: Any) -> None:
@@ -67,15 +92,17 @@ class LowRankConfigMixin(_ConfigBase):
 
     base_config_class: ClassVar[type[PreTrainedConfig]]
     ranks: dict[str, int]
+    forms: dict[str, str]  # of the layers of another form than two plain factors
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Here, not in `from_dict`: every way from a dict to a config ends in the constructor.
         ranks = validate_ranks(kwargs.pop("ranks", {}))
+        forms = validate_forms(kwargs.pop("forms", {}), ranks)
         validate_format_version(kwargs.pop("lowrank_format_version", FORMAT_VERSION))
         for key in ("model_type", "base_model_type"):
             kwargs.pop(key, None)  # the class knows both
         super().__init__(*args, **kwargs)
-        self.ranks = ranks
+        self.ranks, self.forms = ranks, forms
 
     @property
     def base_model_type(self) -> str:
@@ -87,6 +114,8 @@ class LowRankConfigMixin(_ConfigBase):
         content["model_type"] = MODEL_TYPE
         content["base_model_type"] = self.base_model_type
         content["lowrank_format_version"] = FORMAT_VERSION
+        if not content.get("forms"):
+            content.pop("forms", None)
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -123,7 +152,7 @@ class LowRankConfig(PreTrainedConfig):
         # Before anything else: a newer format may name the base architecture in another way.
         validate_format_version(config_dict.get("lowrank_format_version", FORMAT_VERSION))
         base_model_type = config_dict.get("base_model_type")
-        if not isinstance(base_model_type, str) or base_model_type not in CONFIG_MAPPING:
+        if not isinstance(base_model_type, str) or base_model_type not in {*CONFIG_MAPPING} - {MODEL_TYPE}:
             raise ValueError(
                 "A low-rank config.json names the factorized architecture in `base_model_type`; this version of "
                 f"transformers does not know {base_model_type!r}: upgrade transformers, or restore the file"

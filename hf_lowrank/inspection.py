@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
 
-import hf_lowrank.modeling_lowrank as modeling
-from hf_lowrank.errors import LowRankError
-from hf_lowrank.loading import refuse_missing
-from hf_lowrank.modeling_lowrank import LowRankLinear
+from hf_lowrank.folders import low_rank_class, read_low_rank_config
+from hf_lowrank.modeling_lowrank import LowRankMixin
 from hf_lowrank.saving import read_record
 
 
@@ -23,20 +20,18 @@ def inspect(folder: str) -> dict[str, Any]:
     Raises:
         LowRankError: no model, or one that is not low-rank.
     """
-    refuse_missing(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
-    if not getattr(config, "ranks", None):
-        raise LowRankError(f"{folder} is an ordinary {config.model_type} model: none of its layers is factorized")
+    config = read_low_rank_config(folder)
     model = _skeleton(config)
     layers = {
-        name: {"out": m.out_features, "in": m.in_features, "rank": m.rank}
-        for name, m in model.named_modules()
-        if isinstance(m, LowRankLinear)
+        name: {
+            "out": module.out_features,
+            "in": module.in_features,
+            "rank": module.rank,
+            "parameters": module.num_parameters(),
+        }
+        for name, module in model.factorized_layers().items()
     }
-    saved = sum(m["out"] * m["in"] - m["rank"] * (m["out"] + m["in"]) for m in layers.values())
+    saved = sum(layer["out"] * layer["in"] - layer["parameters"] for layer in layers.values())
     parameters = model.num_parameters()
     return {
         "architecture": (config.architectures or [type(model).__name__])[0],
@@ -50,15 +45,10 @@ def inspect(folder: str) -> dict[str, Any]:
     }
 
 
-def _skeleton(config: Any) -> PreTrainedModel:
+def _skeleton(config: Any) -> LowRankMixin:
     """The model without its weights."""
-    architecture = (config.architectures or [""])[0]
-    if not hasattr(modeling, architecture):
-        raise LowRankError(
-            f"config.json names the architecture {architecture!r}, which this version of transformers does not have"
-        )
     with init_empty_weights(), torch.device("meta"):
-        return getattr(modeling, architecture)(copy.deepcopy(config))
+        return low_rank_class(config)(copy.deepcopy(config))
 
 
 def ranks_table(layers: dict[str, dict[str, int]]) -> Table:
@@ -69,6 +59,7 @@ def ranks_table(layers: dict[str, dict[str, int]]) -> Table:
             layer["out"],
             layer["in"],
             layer["rank"],
+            layer["parameters"],
         )
         for name, layer in layers.items()
     )
@@ -76,7 +67,7 @@ def ranks_table(layers: dict[str, dict[str, int]]) -> Table:
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
-    for (name, out_features, in_features, rank), count in kinds.items():
-        size = f"{out_features * in_features:,} → {rank * (out_features + in_features):,}"
+    for (name, out_features, in_features, rank, parameters), count in kinds.items():
+        size = f"{out_features * in_features:,} → {parameters:,}"
         table.add_row(name, str(count), f"{out_features} × {in_features}", str(rank), size)
     return table

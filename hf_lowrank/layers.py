@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.allocation import parameters
-from hf_lowrank.modeling_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.modeling_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.report import LayerReport
 from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.targets import weight_shape
+from hf_lowrank.weights import readable, solving_device, whole_weight
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,18 @@ class LayerSolver:
         return objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
 
     @torch.no_grad()
-    def low_rank(self, name: str, rank: int) -> tuple[LowRankLinear, LayerReport]:
+    def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:
         """The layer as factors of a rank, in its own dtype, and what they cost and lose."""
         started = time.perf_counter()
         linear, weight = self.targets[name], self._weight(name)
         objective = self._objective(name, weight.device)
         factors = objective.factorize(weight, rank)
         balanced = factors.balanced()
-        low_rank = LowRankLinear.from_factors(linear, balanced.up, balanced.down)
-        delta = weight - low_rank.up.weight.float() @ low_rank.down.weight.float()  # the factors as they are stored
+        with readable(linear):
+            low_rank = layer_class_for(linear).from_factors(linear, balanced.up, balanced.down)
+        up, down = low_rank.matrices()
+        stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
+        delta = weight - stored[0] @ stored[1]
         error, unit = objective.error(delta), self._loss_per_error(name, objective)
         shape = weight_shape(linear)
         return low_rank, LayerReport(
@@ -61,7 +65,8 @@ class LayerSolver:
         return LayerReport(name, *shape, None, size, size, note="factors save nothing")
 
     def _weight(self, name: str) -> Tensor:
-        return dense_weight(self.targets[name]).detach().float()
+        weight = whole_weight(self.targets[name])
+        return weight.to(solving_device(weight)).float()
 
     def _objective(self, name: str, device: torch.device) -> Objective:
         needs = self.method.needs
@@ -71,11 +76,14 @@ class LayerSolver:
 
     def _loss_per_error(self, name: str, objective: Objective) -> float | None:
         """Twice the expected loss per error of a layer's objective; None where the statistics do not say."""
-        if self.method.in_loss_units:
-            return 1.0
-        if self.statistics is None or not self.statistics.has("fisher_rows"):
+        if self.statistics is None:
             return None
-        return loss_per_error(objective, self.statistics.mean("fisher_rows", name), weight_shape(self.targets[name]))
+        if self.method.in_loss_units:
+            return self.statistics.curvature
+        if not self.statistics.has("fisher_rows"):
+            return None
+        rows, shape = self.statistics.mean("fisher_rows", name), weight_shape(self.targets[name])
+        return loss_per_error(objective, rows, shape) * self.statistics.curvature
 
 
 def _root_ratio(error: Tensor, whole: Tensor) -> float:

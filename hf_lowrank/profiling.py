@@ -14,8 +14,9 @@ from hf_lowrank.progress import bar
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.targets import find_targets, weight_shape
 
-# The ranks that are measured, as shares of min(in, out).
-PROFILE_RATIOS = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.7)
+# The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.
+PROFILE_SAMPLES = 128
+PROFILE_RATIOS = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 
 
 def profile_losses(

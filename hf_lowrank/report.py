@@ -29,6 +29,11 @@ class LayerReport:
     note: str = ""
     trace: tuple[float, ...] = ()
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "LayerReport":
+        """The report that `asdict` was called on, also through JSON."""
+        return cls(**{**record, "trace": tuple(record["trace"])})
+
 
 @dataclass(frozen=True)
 class CompressionReport:
@@ -70,7 +75,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":
         """The report that `to_dict` was called on."""
-        layers = tuple(LayerReport(**{**layer, "trace": tuple(layer["trace"])}) for layer in record["layers"])
+        layers = tuple(LayerReport.from_dict(layer) for layer in record["layers"])
         kept = ("settings", "parameters_before", "parameters_after", "seconds", "statistics")
         return cls(**{key: record[key] for key in kept}, layers=layers)
 

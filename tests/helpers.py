@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
@@ -15,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -98,3 +100,11 @@ def outputs(model: nn.Module, **inputs: Tensor) -> Tensor:
         inputs.setdefault("decoder_input_ids", inputs["input_ids"])
     with torch.no_grad():
         return model(**inputs)[0]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the tiny models' vocabulary, whose words are w2, w3, …"""
+    words = ["[PAD]", "[UNK]", *(f"w{n}" for n in range(2, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

@@ -135,7 +135,7 @@ def test_every_dense_layer_is_let_go_before_the_next_is_solved() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LowRankLinear, "from_factors", classmethod(count))
         compress(model, CompressionConfig("svd", 0.25), progress=False)
-    assert alive == list(range(12, 0, -1))
+    assert alive[::2] == list(range(12, 0, -1))  # factors are made once to be solved and once to be put in place
 
 
 def test_half_precision_models_keep_their_dtype() -> None:

@@ -8,7 +8,7 @@ import torch
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
 from hf_lowrank.solvers.elementwise import eigenbasis
 from hf_lowrank.statistics import KINDS
-from hf_lowrank.statistics.kinds import active_tokens, passes
+from hf_lowrank.statistics.kinds import active_tokens, completed, passes
 from hf_lowrank.targets import find_targets
 from tests.helpers import tiny_bert
 from tests.test_statistics import padded_batch
@@ -34,7 +34,7 @@ def statistics_of(x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
             prepared = context(*(means[need] for need in KINDS[kind].needs)) if context else None
             total = torch.zeros(KINDS[kind].shape(OUT, IN))
             KINDS[kind].add(total, x, active_tokens(g) if KINDS[kind].of_input else g, prepared)
-            means[kind] = total / len(x)
+            means[kind] = completed(kind, total) / len(x)
     return means
 
 

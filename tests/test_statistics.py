@@ -207,6 +207,24 @@ def test_a_compressed_model_has_a_fisher_too() -> None:
     assert measured["bert.encoder.layer.1.attention.self.query"].sum() > 0
 
 
+def test_the_curvature_of_the_loss_is_known() -> None:
+    """Per Fisher information: one for a class, 1 / (2 E r²) for a number, the labels of a sample for tokens."""
+    classes, numbers = padded_batch(torch.tensor([0, 2, 1, 2])), padded_batch(torch.tensor([0.5, -1.0, 2.0, 3.0]))
+    assert compute_statistics(tiny_bert(num_labels=3), [classes], ["fisher_rows"], progress=False).curvature == 1
+    model = tiny_bert(num_labels=1)
+    with torch.no_grad():
+        error = float(model(**numbers).loss)
+    measured = compute_statistics(model, [numbers], ["fisher_rows"], progress=False)
+    assert measured.curvature == pytest.approx(1 / (2 * error), rel=1e-4)
+    causal = padded_batch(lengths=(9, 4, 7, 5))
+    measured = compute_statistics(tiny_llama(), [causal], ["fisher_rows"], progress=False)
+    assert measured.curvature == (8 + 3 + 6 + 4) / 4
+    labelled = (token_batch()["labels"] != -100).sum().item() / 4
+    assert (
+        compute_statistics(token_classifier(), [token_batch()], ["fisher_rows"], progress=False).curvature == labelled
+    )
+
+
 def test_bad_numbers_are_named() -> None:
     model, batch = tiny_bert(num_labels=1), padded_batch(torch.tensor([0.5, -1.0, 2.0, 3.0]))
     bad = batch | {"labels": torch.tensor([0.5, -1.0, float("nan"), 3.0])}

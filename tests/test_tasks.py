@@ -220,5 +220,101 @@ def test_every_task_is_complete() -> None:
         assert task.name == name
         assert (task.metrics is None) == task.lower_is_better
         assert (task.label is None) == (task.kind == "causal_lm")
-    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2"):
+    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, custom"):
         get_task("glue")
+
+
+# --- a person's own data ---
+
+
+def own(folder: Path, file: str = "csv", **splits: dict[str, list[Any]]) -> Path:
+    for split, columns in splits.items():
+        rows = Dataset.from_dict(columns)
+        rows.to_csv(folder / f"{split}.csv") if file == "csv" else rows.to_json(folder / f"{split}.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["csv", "jsonl"])
+def test_labels_of_own_data_are_those_of_the_training_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, file: str
+) -> None:
+    train = {"review": ["the cat", "a mat", "new york"], "mood": ["sad", "glad", "odd"]}
+    data = own(tmp_path, file, train=train, validation={"review": ["cat", "mat"], "mood": ["odd", "glad"]})
+    task = get_task("custom", data_dir=data, text_columns=["review"], label_column="mood")
+    assert (task.kind, task.label_names) == ("classification", ("glad", "odd", "sad"))
+    assert encode(load_split(task, "train", data), task, tokenizer, bert_config(num_labels=3))["labels"] == [2, 0, 1]
+    model = sequence_classifier(id2label=dict(enumerate(task.label_names[::-1])))
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor([0.0, 1.0, 0.0])  # always "odd"
+    result = evaluate(model, tokenizer, task, data, progress=False)
+    assert result["score"] == result["accuracy"] == pytest.approx(50)
+    assert result["macro_f1"] == pytest.approx(50 * 2 / 3)
+    assert result["degenerate"] == 1.0
+
+
+def test_numbers_are_classes_and_fractions_are_predicted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    columns = {
+        "a": ["the cat", "a mat", "far"],
+        "b": ["sat", "ran", "away"],
+        "stars": [5, 1, 3],
+        "worth": [0.5, 1.0, 2],
+    }
+    data = own(tmp_path, validation=columns)
+    classes = get_task("custom", data_dir=data, text_columns=["a", "b"], label_column="stars")
+    assert (classes.kind, classes.label_names, classes.label_values) == ("classification", ("1", "3", "5"), (1, 3, 5))
+    numbers = get_task("custom", data_dir=data, text_columns=["a", "b"], label_column="worth", max_length=16)
+    assert (numbers.kind, numbers.max_length) == ("regression", 16)
+    rows = encode(load_split(numbers, "validation", data), numbers, tokenizer, bert_config(num_labels=1))
+    assert sorted(rows["labels"]) == [0.5, 1.0, 2.0]
+    assert tokenizer.convert_ids_to_tokens(rows["input_ids"][-1]).count("[SEP]") == 2
+    result = evaluate(sequence_classifier(num_labels=1), tokenizer, numbers, data, progress=False)
+    assert result["score"] == result["pearson_spearman"]
+
+
+def test_a_label_that_training_never_had_is_named(tmp_path: Path) -> None:
+    data = own(
+        tmp_path, train={"x": ["a", "b"], "y": ["no", "yes"]}, validation={"x": ["a", "b"], "y": ["yes", "perhaps"]}
+    )
+    task = get_task("custom", data_dir=data, text_columns=["x"], label_column="y")
+    with pytest.raises(LowRankError, match=r"1 labels of custom are not .* \(no, yes\), such as 'perhaps'"):
+        load_split(task, "validation", data)
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"x": ["a"], "y": [1]}, {}, "needs a folder of files .* one or two --text-column and a --label-column"),
+        ({"x": ["a"], "y": [1]}, {"text_columns": ["x"]}, "needs a folder of files"),
+        ({"x": ["a"], "y": [1]}, {"text_columns": ["z"], "label_column": "y"}, "custom needs the column 'z'.* x, y"),
+        ({"x": ["a"], "y": [1]}, {"text_columns": ["x"], "label_column": "y"}, "holds 1 different labels"),
+        ({"x": ["a", "b"], "y": [[1], [2]]}, {"text_columns": ["x"], "label_column": "y"}, "a label is a name or a n"),
+    ],
+)
+def test_own_data_that_are_no_task_are_named(
+    tmp_path: Path, columns: dict[str, list[Any]], options: dict[str, Any], message: str
+) -> None:
+    data = own(tmp_path, "jsonl", train=columns)
+    with pytest.raises(LowRankError, match=message):
+        get_task("custom", data_dir=data, **options)
+
+
+def test_other_columns_of_a_known_task(tmp_path: Path) -> None:
+    own(tmp_path, validation={"left": ["a"], "right": ["cat"], "similarity": [2.5]})
+    task = get_task("stsb", text_columns=["left", "right"], label_column="similarity")
+    assert load_split(task, "validation", tmp_path)["similarity"][:] == [2.5]
+    with pytest.raises(LowRankError, match=r"stsb reads 2 text columns \(sentence1, sentence2\), not 1"):
+        get_task("stsb", text_columns=["left"])
+    with pytest.raises(LowRankError, match="text has no labels"):
+        get_task("text", label_column="y")
+
+
+def test_any_text_has_a_perplexity(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "validation.txt").write_text("the cat sat\non a mat\n\nand ran far away\n")
+    own(tmp_path / "rows", validation={"body": ["the cat sat", "on a mat", "and ran far away"]})
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()
+    plain = evaluate(model, tokenizer, get_task("text"), tmp_path, progress=False)
+    rows = evaluate(model, tokenizer, get_task("text", text_columns=["body"]), tmp_path / "rows", progress=False)
+    assert plain["tokens"] == 11  # 10 words and two special tokens, the first of which is not predicted
+    assert rows == plain
+    with pytest.raises(LowRankError, match="text has no data set of its own; pass a folder with --data-dir"):
+        load_split(get_task("text"), "validation", None)

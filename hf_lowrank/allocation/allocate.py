@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.allocation.budget import Budget, Limit, check_range, limit_of
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
-from hf_lowrank.allocation.costs import Shape, parameters, parameters_at
+from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.modeling_lowrank import dense_weight
@@ -50,6 +50,7 @@ def allocate(
     spread: Spread,
     spectrum: Callable[[str], Tensor] | None = None,
     profile: Profile | None = None,
+    form: str = "factors",
 ) -> Ranks:
     """The rank of every target, None where it stays dense, that together cost no more than the budget.
 
@@ -57,22 +58,20 @@ def allocate(
         model_parameters: those of the whole model, targets included.
         spectrum: name → what discarding each direction adds to the loss, largest first; for allocations that ask it.
         profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.profiling`).
+        form: that of the factorized layers, which decides what a rank costs. A rank ratio stands for what plain factors
+            of it cost, so that another form gets larger ranks for the same number of parameters.
 
     Raises:
         LowRankError: the budget is below the least possible or above the dense size, or the profile is missing.
     """
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
     rule = get_allocation(spread.allocation)
-    limit = _limit(budget, shapes, model_parameters, dense_weight(next(iter(targets.values()))))
-    plain = {name: layer_choices(shape, limit.cost, spread.align) for name, shape in shapes.items()}
-    if budget.kind != "rank_ratio":
-        check_range(budget, limit, cheapest(plain), dearest(plain))
+    limit, plain = _limited(targets, model_parameters, budget, spread, form)
     total = max(limit.total, cheapest(plain))
     chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
     if rule.losses != "none":
         uniform = {name: each.ranks[chosen[name]] for name, each in plain.items()}
         choices = {
-            name: _bounded(each, uniform[name], limit, spread, spectrum(name) if spectrum else None)
+            name: _bounded(each, uniform[name], limit, spread, spectrum if rule.losses == "spectrum" else None, name)
             for name, each in plain.items()
         }
         if rule.losses == "profile":
@@ -86,6 +85,32 @@ def uniform_ranks(shapes: dict[str, Shape], rank_ratio: float) -> dict[str, int]
     return {name: max(1, round(rank_ratio * min(shape))) for name, shape in shapes.items()}
 
 
+def check_budget(
+    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str = "factors"
+) -> None:
+    """Raise where no ranks meet the budget, before anything is measured for it. Arguments as in `allocate`.
+
+    Raises:
+        ImpossibleBudget: the message gives the possible range.
+    """
+    if budget.kind != "latency":  # that takes a measurement itself
+        _limited(targets, model_parameters, budget, spread, form)
+
+
+def _limited(
+    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str
+) -> tuple[Limit, dict[str, Choices]]:
+    """What all layers may cost together, and what each may choose from, bounds apart."""
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    limit = _limit(budget, shapes, model_parameters, dense_weight(next(iter(targets.values()))))
+    if form == "interpolative":
+        limit = replace(limit, cost=in_interpolative_form(limit.cost))
+    plain = {name: layer_choices(shape, limit.cost, spread.align) for name, shape in shapes.items()}
+    if budget.kind != "rank_ratio":
+        check_range(budget, limit, cheapest(plain), dearest(plain))
+    return limit, plain
+
+
 def _limit(budget: Budget, shapes: dict[str, Shape], model_parameters: int, probe: torch.Tensor) -> Limit:
     if budget.kind != "rank_ratio":
         return limit_of(budget, shapes.values(), model_parameters, probe)
@@ -94,12 +119,19 @@ def _limit(budget: Budget, shapes: dict[str, Shape], model_parameters: int, prob
     return Limit(total, parameters, lambda total: total)
 
 
-def _bounded(each: Choices, uniform: int | None, limit: Limit, spread: Spread, spectrum: Tensor | None) -> Choices:
+def _bounded(
+    each: Choices,
+    uniform: int | None,
+    limit: Limit,
+    spread: Spread,
+    spectrum: Callable[[str], Tensor] | None,
+    name: str,
+) -> Choices:
     """The choices of a layer with their losses, between the floor and the cap around its uniform rank."""
     break_even = max((rank for rank in each.ranks if rank is not None), default=1)
     around = break_even if uniform is None else uniform
     least, most = spread.floor * around, spread.cap * around
-    values = None if spectrum is None else spectrum.tolist()
+    values = None if spectrum is None else spectrum(name).tolist()
     return layer_choices(each.shape, limit.cost, spread.align, least, most, values)
 
 

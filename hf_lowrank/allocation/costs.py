@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_lowrank.errors import LowRankError
+
 Shape = tuple[int, int]  # (out, in)
 Cost = Callable[[Shape, int | None], float]  # rank None: dense
 
@@ -18,6 +20,11 @@ LATENCY_TOKENS, LATENCY_RANKS, LATENCY_REPEATS = 512, 8, 7
 def parameters(shape: Shape, rank: int | None) -> int:
     """The parameters of a layer's weight [out, in], or of its two factors."""
     return shape[0] * shape[1] if rank is None else rank * sum(shape)
+
+
+def minimal_parameters(shape: Shape, rank: int | None) -> int:
+    """The parameters of a layer in interpolative form: the dimension of the matrices of its rank."""
+    return shape[0] * shape[1] if rank is None else rank * (sum(shape) - rank)
 
 
 def parameters_at(shape: Shape, rank: int) -> int:
@@ -33,6 +40,18 @@ def saves_parameters(shape: Shape, rank: int) -> bool:
 def flops(shape: Shape, rank: int | None) -> int:
     """The floating-point operations of one token through a layer: a multiplication and an addition per parameter."""
     return 2 * parameters(shape, rank)
+
+
+def in_interpolative_form(cost: Cost) -> Cost:
+    """The cost, `parameters` or `flops`, of layers in interpolative form.
+
+    Raises:
+        LowRankError: another cost, as latency is measured of plain factors.
+    """
+    if cost not in (parameters, flops):
+        raise LowRankError("a latency budget is for plain factors: give another budget with the interpolative form")
+    per_parameter = 1 if cost is parameters else 2
+    return lambda shape, rank: per_parameter * minimal_parameters(shape, rank)
 
 
 def measured_latency(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> Cost:

@@ -2,6 +2,26 @@
 
 # ruff: noqa: I001  # commands appear in --help in this order
 from hf_lowrank.cli.app import app, main
-from hf_lowrank.cli import demo, compress, evaluate, inspect, statistics, methods
+from hf_lowrank.cli import demo, analyze, sweep, compress, finetune, experiment, evaluate, inspect, verify, bench
+from hf_lowrank.cli import densify, card, push, export, statistics, methods
 
-__all__ = ["app", "compress", "demo", "evaluate", "inspect", "main", "methods", "statistics"]
+__all__ = [
+    "analyze",
+    "app",
+    "bench",
+    "card",
+    "compress",
+    "demo",
+    "densify",
+    "evaluate",
+    "experiment",
+    "export",
+    "finetune",
+    "inspect",
+    "main",
+    "methods",
+    "push",
+    "statistics",
+    "sweep",
+    "verify",
+]

@@ -1,38 +1,64 @@
 """hf-lowrank compress: from a fine-tuned model to a folder that from_pretrained loads."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
 
-from hf_lowrank.allocation import ALLOCATIONS
+from hf_lowrank.allocation import check_budget
 from hf_lowrank.calibration import calibration_loader
+from hf_lowrank.checkpoint import MINUTES
 from hf_lowrank.cli.app import app
+from hf_lowrank.cli.budgets import (
+    AlignOption,
+    AllocationOption,
+    CapOption,
+    FloorOption,
+    FlopsOption,
+    KeepModelOption,
+    KeepOption,
+    KeepScoreOption,
+    LatencyOption,
+    LossOption,
+    ParamsOption,
+    RankRatioOption,
+    measured_profile,
+    refuse_contradictions,
+    smallest,
+)
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.facts import origin, public_name, versions
+from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.cli.options import (
     BatchOption,
     DataOption,
     ExcludeOption,
     IncludeOption,
     JsonOption,
+    LabelColumnOption,
     LengthOption,
     ModelArgument,
     OverwriteOption,
     SamplesOption,
     SeedOption,
     TaskOption,
+    TextColumnOption,
     patterns,
 )
+from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
 from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.evaluate import evaluate
-from hf_lowrank.files import refuse_existing
+from hf_lowrank.hub import push_folder, refuse_without_token
 from hf_lowrank.loading import load_model, stored_dtype
+from hf_lowrank.modeling_lowrank import FORMS
 from hf_lowrank.saving import add_facts, save_compressed
-from hf_lowrank.solvers import get_method
+from hf_lowrank.solvers import OPTIMIZERS
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.container import content_digest
+from hf_lowrank.targets import check_weights, find_targets
 from hf_lowrank.tasks import get_task
 
 
@@ -41,15 +67,31 @@ def compress_command(
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")],
-    method: Annotated[str, typer.Option(help="What is minimised; 'hf-lowrank methods' lists them.")] = "kfac",
-    rank_ratio: Annotated[
-        float, typer.Option(help="Share of the ranks to keep, rank / min(in, out), in (0, 1].")
-    ] = 0.33,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help=f"Spread of ranks over layers at equal size: {', '.join(ALLOCATIONS)}. Default: by method."),
+    method: Annotated[
+        str, typer.Option(help="What is minimised; 'help' lists them.", callback=print_methods_for_help, is_eager=True)
+    ] = "kfac",
+    rank_ratio: RankRatioOption = None,
+    keep: KeepOption = None,
+    keep_model: KeepModelOption = None,
+    params: ParamsOption = None,
+    flops: FlopsOption = None,
+    latency: LatencyOption = None,
+    keep_score: KeepScoreOption = None,
+    max_loss_increase: LossOption = None,
+    allocation: AllocationOption = None,
+    align: AlignOption = 1,
+    floor: FloorOption = 0.0,
+    cap: CapOption = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZERS)}. Default: alternating.")
     ] = None,
+    form: Annotated[
+        str,
+        typer.Option(help=f"How factors are stored: {', '.join(FORMS)}, the latter with r² fewer numbers at rank r."),
+    ] = "factors",
     data_dir: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     samples: SamplesOption = 512,
     batch_size: BatchOption = 16,
     max_length: LengthOption = None,
@@ -60,35 +102,74 @@ def compress_command(
     score: Annotated[
         bool, typer.Option("--evaluate", help="Score the model before and after, on the validation data.")
     ] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Publish it under this name; see 'hf-lowrank push'.")] = None,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    checkpoint_minutes: MinutesOption = MINUTES,
     as_json: JsonOption = False,
 ) -> None:
     """Compress a fine-tuned model and save it as a folder that from_pretrained loads.
 
     Example: hf-lowrank compress ./bert-stsb --task stsb --rank-ratio 0.2 --output ./bert-stsb-lowrank
+
+    Budgets: --rank-ratio, --keep, --keep-model, --params, --flops or --latency says how small; --keep-score or
+    --max-loss-increase searches for the smallest model that is still good enough.
     """
     started = time.perf_counter()
-    config = CompressionConfig(method, rank_ratio, allocation, patterns(include), patterns(exclude))
-    the_task = get_task(task, max_length)
-    refuse_existing(output, overwrite)
+    budgets: dict[str, Any] = {"rank_ratio": rank_ratio, "keep": keep, "keep_model": keep_model}
+    budgets |= {"params": params, "flops": flops, "latency": latency}
+    refuse_contradictions(budgets, keep_score, max_loss_increase)
+    spread: dict[str, Any] = {"allocation": allocation, "align": align, "floor": floor, "cap": cap}
+    chosen: dict[str, Any] = {"include": patterns(include), "exclude": patterns(exclude)}
+    config = CompressionConfig(method, optimizer=optimizer, form=form, **chosen, **budgets, **spread)
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    replace = refuse_output(output, resume, overwrite)
+    if push_to_hub is not None:
+        refuse_without_token()  # before the work, not after it
+    memory, sums_at = check_memory(model, the_task, config.needs, config.include, config.exclude, batch_size)
     loaded, tokenizer = load_model(model, the_task)
+    targets = find_targets(loaded, config.include, config.exclude)
+    check_weights(targets)
+    check_budget(targets, loaded.num_parameters(), config.budget, config.spread, config.form)
+    del targets  # which would keep replaced layers
     facts: dict[str, Any] = {"base_model": public_name(model), "task": the_task.name, "versions": versions()}
+    facts["memory"] = memory
+    facts["data"] = origin(model, the_task, data_dir, seed)["data"]
     if score:
         facts["score_dense"] = evaluate(loaded, tokenizer, the_task, data_dir)["score"]
-    measured = None
-    if needs := get_method(method).needs:
+    measured = loader = None
+    if needs := config.needs:
         if statistics is not None:
             measured = Statistics.load(statistics)
         else:
             loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
-            source = origin(model, the_task, data_dir, seed)
-            measured = compute_statistics(loaded, loader, needs, include=include, exclude=exclude, origin=source)
-    loaded, report = compress(loaded, config, measured)
+    settings = {**asdict(config), "task": task, "batch_size": batch_size}
+    settings |= {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
+    data = loader if statistics is None else content_digest(statistics)
+    work = open_work(output, loaded, data, settings, seed, resume, overwrite, checkpoint_minutes)
+    if loader is not None:
+        measured = compute_statistics(
+            loaded, loader, needs, include=include, exclude=exclude, origin=origin(model, the_task, data_dir, seed),
+            device=sums_at, work=work,
+        )  # fmt: skip
+    profile = measured_profile(loaded, tokenizer, the_task, data_dir, config, measured, seed)
+    if keep_score is not None or max_loss_increase is not None:
+        found = smallest(
+            loaded, tokenizer, the_task, data_dir, config, measured, profile, keep_score, max_loss_increase
+        )
+        loaded, report = found.model, found.report
+        facts["search"] = {"keep_score": keep_score, "max_loss_increase": max_loss_increase, "tried": found.tried}
+    else:
+        loaded, report = compress(loaded, config, measured, work=work, profile=profile)
     if PartialState().is_main_process:
-        save_compressed(loaded, tokenizer, report, output, overwrite, stored_dtype(model), **facts)
+        work.mark_saving()
+        save_compressed(loaded, tokenizer, report, output, replace, stored_dtype(model), **facts)
         if score:  # as a user gets it: loaded back
             facts["score_compressed"] = evaluate(*load_model(str(output), the_task), the_task, data_dir)["score"]
             add_facts(output, score_compressed=facts["score_compressed"])
+        work.remove()
+        if push_to_hub is not None:
+            facts["address"] = push_folder(output, push_to_hub)
         if as_json:
             return print_json({**facts, "output": str(output), **report.to_dict()})
         console.print(report)
@@ -96,4 +177,6 @@ def compress_command(
             console.print(
                 f"{the_task.score} {facts['score_dense']:.2f} dense → {facts['score_compressed']:.2f} compressed"
             )
+        if push_to_hub is not None:
+            console.print(f"pushed to {push_to_hub}: {facts['address']}", highlight=False)
         console.print(f"saved to {output} after {time.perf_counter() - started:.0f} s", highlight=False)

@@ -5,7 +5,16 @@ from rich.table import Table
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.options import BatchOption, DataOption, JsonOption, LengthOption, ModelArgument, TaskOption
+from hf_lowrank.cli.options import (
+    BatchOption,
+    DataOption,
+    JsonOption,
+    LabelColumnOption,
+    LengthOption,
+    ModelArgument,
+    TaskOption,
+    TextColumnOption,
+)
 from hf_lowrank.evaluate import evaluate
 from hf_lowrank.loading import load_model
 from hf_lowrank.tasks import get_task
@@ -16,12 +25,14 @@ def evaluate_command(
     model: ModelArgument,
     task: TaskOption,
     data_dir: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     batch_size: BatchOption = 32,
     max_length: LengthOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model, dense or compressed, on a task's whole validation data."""
-    the_task = get_task(task, max_length)
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
     loaded, tokenizer = load_model(model, the_task)
     result = evaluate(loaded, tokenizer, the_task, data_dir, batch_size)
     if not PartialState().is_main_process:

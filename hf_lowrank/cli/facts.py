@@ -1,30 +1,15 @@
-"""Plain facts about a run that go into records: names, origins, versions; never a path of this machine."""
+"""What a command measures on, for the record."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import hf_lowrank
+from hf_lowrank.facts import public_name, versions
 from hf_lowrank.tasks import Task
 
-
-def public_name(model: str) -> str:
-    """A Hub name as it is, a folder by its last part: paths of this machine do not belong in a record."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+__all__ = ["origin", "public_name", "versions"]
 
 
 def origin(model: str, task: Task, data_dir: Path | None, seed: int) -> dict[str, Any]:
     """What statistics were measured on."""
     data = task.hub[0] if data_dir is None else data_dir.resolve().name
     return {"model": public_name(model), "task": task.name, "data": data, "split": "train", "seed": seed}
-
-
-def versions() -> dict[str, str]:
-    """Of this library and those that results depend on."""
-    return {
-        "hf_lowrank": hf_lowrank.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

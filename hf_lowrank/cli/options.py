@@ -5,15 +5,20 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.tasks import TASKS
+from hf_lowrank.tasks.table import NAMES
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
-TaskOption = Annotated[str, typer.Option("--task", help=f"What the model was fine-tuned on: {', '.join(TASKS)}.")]
+TaskOption = Annotated[str, typer.Option("--task", help=f"The task: {', '.join(NAMES)}.")]
 DataOption = Annotated[
     Path | None,
-    typer.Option(
-        help="A folder with train and validation files (parquet, csv, json, jsonl). Default: the Hub data set."
-    ),
+    typer.Option(help="A folder with train and validation files (parquet, csv, json, jsonl, txt). Default: the Hub's."),
+]
+TextColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", help="Column with the text; twice for pairs. For --task custom, or to rename."),
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option("--label-column", help="Column with the labels: names, numbers, or fractions to predict.")
 ]
 LengthOption = Annotated[
     int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
@@ -24,7 +29,8 @@ SeedOption = Annotated[int, typer.Option(help="Which training samples are chosen
 IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Factorize only linears of this name pattern, such as 'query' or '*.mlp.*'; may be repeated. [dim]"
+        help="Factorize only linears and embeddings of this name pattern, such as 'query', '*.mlp.*' or "
+        "'word_embeddings'; may be repeated. [dim]"
         "Default: all linears inside the transformer blocks.[/dim]"
     ),
 ]

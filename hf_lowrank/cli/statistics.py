@@ -7,6 +7,7 @@ import typer
 from accelerate import PartialState
 
 from hf_lowrank.calibration import calibration_loader
+from hf_lowrank.checkpoint import MINUTES
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.facts import origin
@@ -15,14 +16,16 @@ from hf_lowrank.cli.options import (
     DataOption,
     ExcludeOption,
     IncludeOption,
+    LabelColumnOption,
     LengthOption,
     ModelArgument,
     OverwriteOption,
     SamplesOption,
     SeedOption,
     TaskOption,
+    TextColumnOption,
 )
-from hf_lowrank.files import refuse_existing
+from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
 from hf_lowrank.loading import load_model
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.statistics import KINDS, compute_statistics
@@ -39,6 +42,8 @@ def statistics_command(
         typer.Option(help=f"What to measure; may be repeated: {', '.join(KINDS)}. Default: what kfac needs."),
     ] = None,
     data_dir: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
     samples: SamplesOption = 512,
     batch_size: BatchOption = 16,
     max_length: LengthOption = None,
@@ -46,17 +51,26 @@ def statistics_command(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    checkpoint_minutes: MinutesOption = MINUTES,
 ) -> None:
     """Measure statistics once, to compress with them many times (compress --statistics)."""
-    the_task = get_task(task, max_length)
-    refuse_existing(output, overwrite)
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    replace = refuse_output(output, resume, overwrite)
+    kinds = kind or METHODS["kfac"].needs
+    _, sums_at = check_memory(model, the_task, kinds, include, exclude, batch_size)
     loaded, tokenizer = load_model(model, the_task)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
     source = origin(model, the_task, data_dir, seed)
-    kinds = kind or METHODS["kfac"].needs
-    measured = compute_statistics(loaded, loader, kinds, include=include, exclude=exclude, origin=source)
+    settings = {"kinds": list(kinds), "include": include, "exclude": exclude, "task": task, "batch_size": batch_size}
+    work = open_work(output, loaded, loader, settings, seed, resume, overwrite, checkpoint_minutes)
+    measured = compute_statistics(
+        loaded, loader, kinds, include=include, exclude=exclude, origin=source, device=sums_at, work=work
+    )
     if PartialState().is_main_process:
-        measured.save(output, overwrite)
+        work.mark_saving()
+        measured.save(output, replace)
+        work.remove()
         console.print(
             f"{', '.join(measured.kinds)} of {len(measured.weights)} layers over {measured.samples} samples "
             f"saved to {output}"

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.elementwise import ElementWise, Rotated, eigenbasis
 from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling
+from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling, whitening
 
 Means = dict[str, Tensor]  # of one layer, by kind, over samples
 
@@ -140,7 +140,7 @@ def asvd(statistics: Means) -> Objective:
 @method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", ("activation_moment",))
 def whiten(statistics: Means) -> Objective:
     """The change of the layer's output counts, over the inputs that occur."""
-    return Scaled(Scaling(), WhiteningScaling(statistics["activation_moment"], ACTIVATION_DAMPING))
+    return Scaled(Scaling(), whitening(statistics["activation_moment"], ACTIVATION_DAMPING))
 
 
 @method(
@@ -199,4 +199,4 @@ def ekfac(statistics: Means) -> Objective:
 def _inputs_per_token(statistics: Means) -> Scaling:
     """A = E x xᵀ over tokens; with G added up over a sample's tokens, errors are in units of loss."""
     tokens = statistics["active_tokens"].clamp_min(1)
-    return WhiteningScaling(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)
+    return whitening(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)

@@ -55,10 +55,9 @@ class WhiteningScaling(Scaling):
     """
 
     def __init__(self, moment: Tensor, damping: float) -> None:
-        moment = moment.double()
+        moment = moment.to(torch.float64, copy=True)  # of which Cholesky's method reads the lower triangle
         mean = moment.diagonal().mean()
         mean = torch.where(mean > 0, mean, 1.0)  # all zero: nothing is more important than the rest
-        moment = (moment + moment.T) / 2
         moment.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(moment)
         while failed:  # rounding made it indefinite
@@ -75,6 +74,13 @@ class WhiteningScaling(Scaling):
 
     def power(self, size: int) -> Tensor:
         return self.upper.square().sum()
+
+
+def whitening(moment: Tensor, damping: float) -> Scaling:
+    """The whitening of a second moment [n, n], or of a diagonal one [n], such as that of one-hot inputs."""
+    if moment.ndim == 2:
+        return WhiteningScaling(moment, damping)
+    return DiagonalScaling(moment + damping * moment.mean())
 
 
 @dataclass(frozen=True)

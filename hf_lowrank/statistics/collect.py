@@ -1,27 +1,43 @@
 """One pass over the data: the model's own per-sample losses, backward, and every layer's statistics added up."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_lowrank.checkpoint import Work
+from hf_lowrank.distributed import Result, from_everyone, summed
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.interrupts import Stopped, undivided
 from hf_lowrank.progress import bar
-from hf_lowrank.statistics.container import Statistics, digest
+from hf_lowrank.statistics.checkpoints import Checkpoints
+from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
-from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, passes
-from hf_lowrank.statistics.losses import Batch, NotSeparable, SampleLosses, own_loss, sample_losses
+from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, completed, passes, sum_shape
+from hf_lowrank.statistics.losses import (
+    Batch,
+    NotSeparable,
+    SampleLosses,
+    curvature_per_fisher,
+    is_regression,
+    label_count,
+    own_loss,
+    sample_losses,
+)
 from hf_lowrank.statistics.shared import InputSums
 from hf_lowrank.targets import check_weights, find_targets
+from hf_lowrank.weights import digest, is_sharded, sums_device, unwrapped
 
 # A batch of two and the same samples alone must agree to this relative difference before batches are relied on.
 AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-2}
 HALF_PRECISION_AGREEMENT = 0.2
+
+# What a pass counts besides its sums.
+COUNTED = ("samples", "tokens", "labels", "batches", "loss", "regression")
 
 
 def compute_fisher(
@@ -48,6 +64,7 @@ def compute_statistics(
     origin: dict[str, Any] | None = None,
     progress: bool = True,
     device: torch.device | str | None = None,
+    work: Work | None = None,
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
@@ -62,6 +79,10 @@ def compute_statistics(
             each one gives its own share, and the sums are added over processes at the end.
         origin: plain facts kept with the result (model, task, data, seed).
         device: where the sums are kept; by default beside their layer. "cpu" spares an accelerator's memory.
+        work: where sums are checkpointed, and from where they go on, to the same bits (see `Work.open`).
+
+    A model wrapped in DistributedDataParallel is taken out of it. One sharded by FSDP2 is measured as it is, all
+    processes going step by step; it cannot be resumed.
 
     Raises:
         LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite.
@@ -69,21 +90,54 @@ def compute_statistics(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise LowRankError(f"unknown statistic {unknown[0]!r}; there are {', '.join(KINDS)}")
+    model = unwrapped(model)
+    if work is not None and is_sharded(model):
+        raise LowRankError("statistics of a model sharded by FSDP2 cannot be checkpointed; call without `work`")
     targets = find_targets(model, include, exclude)
     check_weights(targets)
+    _refuse_embeddings(targets, kinds)
     plan = passes(kinds)
-    measured = None
-    for number, part in enumerate(plan, 1):
+    checkpoints = None if work is None else Checkpoints(work)
+    measured, done = (None, 0) if checkpoints is None else checkpoints.finished()
+    for number, part in list(enumerate(plan, 1))[done:]:
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {len(plan)}"
         run = _Pass(model, targets, part, measured, None if device is None else torch.device(device))
         with bar(title, _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
-            for batch in loader:
-                run.add(batch)
-                shown.update(run.samples - shown.n)
+            _run(run, loader, shown, checkpoints)
         result = run.result(origin or {})
         measured = result if measured is None else measured.joined(result)
+        if checkpoints is not None:
+            checkpoints.finish(measured)
     assert measured is not None
     return measured
+
+
+def _run(run: "_Pass", loader: Iterable[Batch], shown: Any, checkpoints: Checkpoints | None) -> None:
+    """Take a pass through what is left of the data, with a checkpoint now and then, and when stopped."""
+    if checkpoints is not None and (state := checkpoints.load()) is not None:
+        run.restore(*state)
+        shown.update(run.samples)
+    batches = lockstep(loader) if run.sharded else ((batch, True) for batch in loader)
+    try:
+        for batch, counts in islice(batches, run.batches, None):
+            with undivided():
+                run.add(batch, counts)
+            shown.update(run.samples - shown.n)
+            if checkpoints is not None and checkpoints.due():
+                checkpoints.save(run.state())
+        if checkpoints is not None and PartialState().num_processes > 1:
+            checkpoints.save(run.state())  # others may take long, or never come
+    except Stopped:
+        if checkpoints is not None:
+            checkpoints.save(run.state())
+        raise
+
+
+def _refuse_embeddings(targets: dict[str, nn.Module], kinds: Sequence[str]) -> None:
+    second = [kind for kind in kinds if KINDS[kind].needs]
+    embeddings = [name for name, module in targets.items() if isinstance(module, nn.Embedding)]
+    if second and embeddings:
+        raise LowRankError(f"{embeddings[0]}: {second[0]} cannot be measured of an embedding; take another method")
 
 
 class _Pass:
@@ -104,34 +158,64 @@ class _Pass:
         self.contexts: dict[tuple[str, str], Any] = {}
         self.losses: SampleLosses | None = None  # decided on the first batch; own_loss means one sample at a time
         self.sums = self._empty(self.kinds)
-        self.samples = self.tokens = 0
-        self.probing = False
+        self.samples = self.tokens = self.labels = self.batches = 0
+        self.loss, self.regression = 0.0, False
+        self.probing = self.idle = False
+        self.sharded = is_sharded(model)
+        self.place = PartialState().device if model.device.type == "meta" else model.device  # offloaded: hooks move it
         self.finite: dict[str, Tensor] = {}
         self.recorder = Recorder(self.deliver)
 
-    def add(self, batch: Batch) -> None:
-        """Add the samples of one batch to the sums."""
-        batch = {
-            key: value.to(self.model.device) if isinstance(value, Tensor) else value for key, value in batch.items()
-        }
+    def add(self, batch: Batch, counts: bool = True) -> None:
+        """Add the samples of one batch to the sums, or only run the model on them while other processes count."""
+        batch = {key: value.to(self.place) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if self.losses is None:
             self.losses = self._choose_losses(batch)
         parts = [batch] if self.losses is sample_losses else list(_one_by_one(batch))
-        for part in parts:
+        steps = max(from_everyone(len(parts))) if self.sharded else len(parts)
+        for step in range(steps):
+            part = parts[min(step, len(parts) - 1)]
+            self.idle = not counts or step >= len(parts)
             self._backward(part, self.losses, self.samples)
             if self.shared is not None:
                 self.shared.end_batch()
-            self.samples += _size(part)
-        self.tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+            self.samples += 0 if self.idle else _size(part)
+            self.labels += 0 if self.idle else label_count(self.model, part)
+        self.batches += 1
+        self.tokens += int(batch["attention_mask"].sum()) if counts and "attention_mask" in batch else 0
+
+    def state(self) -> Result:
+        """Everything that has been found out, between two batches."""
+        tensors = {f"sum/{kind}/{name}": total for kind, sums in self.sums.items() for name, total in sums.items()}
+        cells, members = self.shared.state() if self.shared is not None else ({}, [])
+        together = None if self.losses is None else self.losses is sample_losses
+        facts = {name: getattr(self, name) for name in COUNTED} | {"together": together}
+        return tensors | {f"cell/{key}": total for key, total in cells.items()}, facts | {"members": members}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        for kind, sums in self.sums.items():
+            for name, total in sums.items():
+                total.copy_(tensors[f"sum/{kind}/{name}"])
+        cells = {key.removeprefix("cell/"): total for key, total in tensors.items() if key.startswith("cell/")}
+        if self.shared is not None:
+            self.shared.restore(cells, facts["members"])
+        for name in COUNTED:
+            setattr(self, name, facts[name])
+        if facts["together"] is not None:
+            self.losses = sample_losses if facts["together"] else own_loss
 
     def deliver(self, name: str, x: Tensor, g: Tensor) -> None:
         """Add one layer's share of a batch: x [batch, tokens, in] and g [batch, tokens, out]."""
-        self.finite[name] = torch.isfinite(g).flatten(1).all(dim=1)
-        x, g = x.float(), g.float()
+        if self.idle:
+            return
+        self.finite[name] = torch.isfinite(g.flatten(1).sum(dim=1, dtype=torch.float64))
+        x, g = x.float() if x.is_floating_point() else x, g.float()
         for kind in self.kinds:
             accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
         if self.shared is not None and not self.probing:
-            self.shared.arrive(name, x, active_tokens(g), self.recorder.readers(name))
+            readers = self.recorder.readers(name) if x.is_floating_point() else (name,)
+            self.shared.arrive(name, x, active_tokens(g), readers)
 
     def _context(self, kind: str, name: str) -> Any:
         """What an earlier pass knows that this kind needs, prepared once for each layer."""
@@ -144,15 +228,18 @@ class _Pass:
 
     def result(self, origin: dict[str, Any]) -> Statistics:
         """The statistics of all processes together."""
-        counts = torch.tensor([self.samples, self.tokens], device=self.model.device)
-        if PartialState().num_processes > 1:
-            counts = reduce(counts, "sum")
-            self.sums = reduce(self.sums, "sum")
+        counts = summed(torch.tensor([self.samples, self.tokens, self.labels]))
+        loss = float(summed(torch.tensor(self.loss, dtype=torch.float64)))
+        for kind, sums in self.sums.items():
+            for name, total in sums.items():
+                sums[name] = completed(kind, summed(total))
         shared = self.shared.result() if self.shared is not None else {}
         if counts[0] == 0:
             raise LowRankError("there are no samples to measure statistics on")
         weights = {name: digest(module) for name, module in self.targets.items()}
-        return Statistics(self.sums | shared, int(counts[0]), int(counts[1]), weights, origin)
+        samples, tokens, labels = counts.tolist()
+        curvature = curvature_per_fisher(self.regression, loss / samples, labels / samples)
+        return Statistics(self.sums | shared, samples, tokens, weights, origin, curvature)
 
     def _backward(self, batch: Batch, losses_of: SampleLosses, first: int) -> None:
         """Deliver every layer's share of a batch, whose first sample has the number `first`."""
@@ -162,6 +249,9 @@ class _Pass:
             losses = losses_of(self.model, batch)
             _check_finite({"the loss": torch.isfinite(losses)}, first)
             losses.sum().backward()
+        if not (self.idle or self.probing):
+            self.loss += float(losses.detach().double().sum())
+            self.regression = is_regression(self.model, batch)
         self.recorder.end_batch()
         gradients = {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
         _check_finite(gradients, first)
@@ -169,7 +259,7 @@ class _Pass:
     def _choose_losses(self, batch: Batch) -> SampleLosses:
         """`sample_losses` if two samples together give what the model's own loss gives alone, else `own_loss`."""
         alone = list(_one_by_one(batch))[:2]
-        if len(alone) < 2:
+        if min(self._everyone(len(alone))) < 2:
             return own_loss
         together = {key: _slice(value, slice(0, 2), _size(batch)) for key, value in batch.items()}
         allowed = AGREEMENT.get(self.model.dtype, HALF_PRECISION_AGREEMENT)
@@ -178,7 +268,11 @@ class _Pass:
         except NotSeparable:
             return own_loss
         agree = all(_difference(fast[name], expected[name]) <= allowed for name in self.targets)
-        return sample_losses if agree else own_loss
+        return sample_losses if all(self._everyone(agree)) else own_loss
+
+    def _everyone(self, value: Any) -> list[Any]:
+        """That of all processes, where they must go in step."""
+        return from_everyone(value) if self.sharded else [value]
 
     def _probe(self, parts: list[Batch], losses_of: SampleLosses) -> dict[str, Tensor]:
         """The row Fisher of every layer over a few samples, leaving the sums alone."""
@@ -194,11 +288,28 @@ class _Pass:
     def _empty(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, module in self.targets.items():
-            weight = dense_weight(module)
             for kind in kinds:
-                shape = KINDS[kind].shape(*weight.shape)
-                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=self.device or weight.device)
+                shape = sum_shape(kind, module)
+                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=self.device or sums_device(module))
         return sums
+
+
+def lockstep(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """(batch, whether it counts), as often on every process as on the one with the most batches.
+
+    A process that has no more goes on with its last batch, or with another's first if it never had one.
+    """
+    batches, last = iter(loader), None
+    while True:
+        batch = next(batches, None)
+        everyone = from_everyone(batch if last is None else batch is not None)
+        if not any(each is not None and each is not False for each in everyone):
+            return
+        if batch is None and last is None:
+            last = next(each for each in everyone if isinstance(each, dict))
+        last = last if batch is None else batch
+        assert last is not None
+        yield last, batch is not None
 
 
 def _check_finite(finite: dict[str, Tensor], first: int) -> None:

@@ -1,6 +1,5 @@
 """Statistics of a model's layers that know their unit, their sample count and where they come from."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.files import atomic_folder, read_json, sha256_of, write_json
-from hf_lowrank.modeling_lowrank import dense_weight
-from hf_lowrank.statistics.kinds import KINDS
+from hf_lowrank.statistics.kinds import KINDS, sum_shape
+from hf_lowrank.weights import digest
 
 FORMAT_VERSION = 2
 TENSORS, RECORD = "statistics.safetensors", "statistics.json"
@@ -25,7 +24,8 @@ class Statistics:
     Modules that read the same input share one tensor of the kinds that depend on nothing else, in memory and on disk.
 
     `weights` holds a digest of every weight they were measured on, so that they cannot be used for another model;
-    `origin` says in plain words which model, task, data and seed that was.
+    `origin` says in plain words which model, task, data and seed that was. `curvature` is what the Fisher information
+    is multiplied by to be the curvature of the mean loss (see `curvature_per_fisher`).
     """
 
     sums: dict[str, dict[str, Tensor]]
@@ -33,6 +33,7 @@ class Statistics:
     tokens: int
     weights: dict[str, str]
     origin: dict[str, Any] = field(default_factory=dict)
+    curvature: float = 1.0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -41,7 +42,7 @@ class Statistics:
 
     def joined(self, other: "Statistics") -> "Statistics":
         """These and the kinds of `other`, which was measured on the same samples."""
-        return Statistics(self.sums | other.sums, self.samples, self.tokens, self.weights, self.origin)
+        return Statistics(self.sums | other.sums, self.samples, self.tokens, self.weights, self.origin, self.curvature)
 
     def has(self, kind: str) -> bool:
         """Whether `mean` can answer for a kind."""
@@ -66,6 +67,10 @@ class Statistics:
         total = by_name[name]
         return (total if kind in self.sums else total.sum(dim=0)) / self.samples
 
+    def reach(self, name: str) -> bool:
+        """Whether any sample's loss depended on the module: not on an expert that none was routed to."""
+        return any(bool(by_name[name].any()) for by_name in self.sums.values() if name in by_name)
+
     def check(self, targets: dict[str, nn.Module], kinds: tuple[str, ...]) -> None:
         """Raise unless every target has these kinds, measured on the very weight it has now.
 
@@ -73,9 +78,8 @@ class Statistics:
             LowRankError: a kind is missing, or a module is unknown, has another shape or other weights.
         """
         for name, module in targets.items():
-            out_features, in_features = dense_weight(module).shape
             for kind in kinds:
-                shape, expected = tuple(self.mean(kind, name).shape), KINDS[kind].shape(out_features, in_features)
+                shape, expected = tuple(self.mean(kind, name).shape), sum_shape(kind, module)
                 if shape != expected:
                     raise LowRankError(
                         f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?"
@@ -126,7 +130,7 @@ class Statistics:
         for key, tensor in flat.items():
             kind, _, name = key.partition("/")
             sums.setdefault(kind, {})[name] = tensor
-        return cls(sums, record["samples"], record["tokens"], record["weights"], record["origin"])
+        return cls(sums, record["samples"], record["tokens"], record["weights"], record["origin"], record["curvature"])
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -134,6 +138,7 @@ class Statistics:
             "kinds": {kind: KINDS[kind].unit for kind in self.sums},
             "samples": self.samples,
             "tokens": self.tokens,
+            "curvature": self.curvature,
             "origin": self.origin,
             "weights": self.weights,
         }
@@ -142,8 +147,6 @@ class Statistics:
         return ", ".join(f"{key} {value}" for key, value in self.origin.items()) or "an unnamed model"
 
 
-def digest(module: nn.Module) -> str:
-    """A digest of a linear's weight, the same in float32 and in the half precision it was read from."""
-    return hashlib.blake2b(
-        dense_weight(module).detach().float().contiguous().cpu().numpy().tobytes(), digest_size=16
-    ).hexdigest()
+def content_digest(folder: str | Path) -> str:
+    """What tells saved statistics from all others: the checksum of their tensors."""
+    return read_json(Path(folder) / RECORD)["sha256"]

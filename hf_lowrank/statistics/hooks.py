@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_lowrank.modeling_lowrank import tied_layers
 from hf_lowrank.statistics.losses import NotSeparable
 
 Deliver = Callable[[str, Tensor, Tensor], None]
@@ -30,8 +31,13 @@ class Recorder:
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     counter: Iterator[int] = field(default_factory=count)
 
-    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        """Start recording a layer, until the handle is removed."""
+    def watch(self, name: str, module: nn.Module, tied_head: bool = False) -> torch.utils.hooks.RemovableHandle:
+        """Start recording a layer, until the handle is removed.
+
+        An embedding's inputs are its tokens [batch, tokens, 1], for one-hot vectors. A `tied_head` is recorded by the
+        name of the embedding whose weight it has: its output gradient takes the place of the input, at unit length as a
+        one-hot vector has, and its input that of the output gradient.
+        """
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
@@ -41,7 +47,12 @@ class Recorder:
                 output = replaced = output.detach().requires_grad_().clone()
             self.inputs.setdefault(name, []).append(self._identity(args[0]))
             x = args[0].detach()
-            output.register_hook(lambda g: self._arrive(name, x, g))
+            if isinstance(module, nn.Embedding):
+                x = x[..., None]
+            if tied_head:
+                output.register_hook(lambda g: self._arrive(name, *_of_embedding(x, g)))
+            else:
+                output.register_hook(lambda g: self._arrive(name, x, g))
             return replaced
 
         return module.register_forward_hook(forward_hook)
@@ -55,6 +66,9 @@ class Recorder:
     def end_batch(self) -> None:
         """Deliver the layers that were called several times."""
         for name, pairs in self.arrived.items():
+            widest = max(x.shape[-1] for x, _ in pairs)
+            if any(x.is_floating_point() for x, _ in pairs):  # tokens and the gradients of a tied head
+                pairs = [(x if x.is_floating_point() else _one_hot(x, widest), g) for x, g in pairs]
             x, g = (torch.cat([self._by_token(t) for t in side], dim=1) for side in zip(*pairs, strict=True))
             self.deliver(name, x, g)
 
@@ -81,25 +95,43 @@ class Recorder:
         return tensor.reshape(self.samples, -1, tensor.shape[-1])
 
 
+def _of_embedding(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """(input, output gradient) of a linear layer → those of an embedding that has its weight."""
+    length = g.norm(dim=-1, keepdim=True)
+    return g / length.clamp_min(torch.finfo(g.dtype).tiny), x * length
+
+
+def _one_hot(x: Tensor, size: int) -> Tensor:
+    return nn.functional.one_hot(x[..., 0], size).float()
+
+
 @contextmanager
 def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorder) -> Iterator[None]:
     """Within the block `model` is in evaluation mode without parameter gradients, and `recorder` watches its targets.
 
-    Modes, `requires_grad` and hooks are as before afterwards, also after an exception.
+    Modes, `requires_grad`, hooks and config are as before afterwards, also after an exception.
     """
     modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)  # which a model's own loss sets
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = []
     try:
         model.eval()  # no dropout
         for parameter in trainable:
             parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
-        handles = [recorder.watch(name, module) for name, module in targets.items()]
+        for name, module in targets.items():
+            handles.append(recorder.watch(name, module))
+            for other in tied_layers(model, name) if isinstance(module, nn.Embedding) else ():
+                tied = model.get_submodule(other)
+                handles.append(recorder.watch(name, tied, tied_head=isinstance(tied, nn.Linear)))
         yield
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
+        if config is not None and getattr(config, "problem_type", None) != problem_type:
+            config.problem_type = problem_type
         for module, training in modes.items():
             module.training = training

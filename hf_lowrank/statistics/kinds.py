@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowrank.solvers.elementwise import eigenbasis
+from hf_lowrank.targets import weight_shape
 
 # Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26
+
+# A moment is added up in this many blocks of rows.
+GRAM_BLOCKS = 6
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Kind:
 
     `add` takes the sum, x, g and a context; `context` makes that once for each layer from the means of the kinds in
     `needs`, which an earlier pass over the data has measured. A kind `of_input` takes, in place of g, 1 where a token
-    is active and 0 elsewhere [batch, tokens]: layers that read the same input have the same sum.
+    is active and 0 elsewhere [batch, tokens]: layers that read the same input have the same sum. One that is `lower`
+    adds up the lower triangle of a symmetric sum, which `completed` mirrors.
     """
 
     name: str
@@ -33,16 +38,43 @@ class Kind:
     needs: tuple[str, ...] = ()
     context: Callable[..., Any] | None = None
     of_input: bool = False
+    lower: bool = False
+
+
+def sum_shape(kind: str, module: nn.Module) -> tuple[int, ...]:
+    """The shape of the sum of a kind for a layer. An embedding's input moment is kept by its diagonal, counts."""
+    out_features, in_features = weight_shape(module)
+    shape = KINDS[kind].shape(out_features, in_features)
+    return (in_features,) if isinstance(module, nn.Embedding) and kind == "activation_moment" else shape
 
 
 def accumulate(kind: str, total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
-    """Add a batch to the sum of a kind, which may lie on another device than the batch."""
-    if total.device == x.device:
+    """Add a batch to the sum of a kind, which may lie on another device than the batch.
+
+    Integers x [batch, tokens, 1] stand for one-hot inputs.
+    """
+    if not x.is_floating_point():
+        _accumulate_one_hot(kind, total, x[..., 0], g)
+    elif total.device == x.device:
         KINDS[kind].add(total, x, g, context)
     else:
         part = torch.zeros_like(total, device=x.device)
         KINDS[kind].add(part, x, g, context)
         total += part.to(total.device)
+
+
+def _accumulate_one_hot(kind: str, total: Tensor, ids: Tensor, g: Tensor) -> None:
+    """Add a batch of one-hot inputs ids [batch, tokens] through those columns of the sum that they touch."""
+    seen, columns = ids.unique(return_inverse=True)
+    x = nn.functional.one_hot(columns, len(seen)).float()
+    by_input = 0 in KINDS[kind].shape(1, 0)  # a sum whose last dimension is the input's
+    part = total.index_select(-1, seen.to(total.device)) if by_input else total
+    change = torch.zeros_like(part, device=x.device)
+    accumulate(kind, change, x, g)
+    if by_input:
+        total.index_add_(-1, seen.to(total.device), change.to(total.device))
+    else:
+        total += change.to(total.device)
 
 
 def active_tokens(g: Tensor) -> Tensor:
@@ -78,10 +110,28 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) ->
             total += (g_n.T @ x_n).square_().sum(dim=0)
 
 
+def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
+    """total [n, n] += rowsᵀ rows, for rows [tokens, n], on and below the diagonal: about half the products."""
+    size = -(-len(total) // GRAM_BLOCKS)
+    for start in range(0, len(total), size):
+        end = min(start + size, len(total))
+        total[start:end, :end].addmm_(rows[:, start:end].T, rows[:, :end])
+
+
+def completed(kind: str, total: Tensor) -> Tensor:
+    """The sum of a kind when all batches were added: a moment gets its upper triangle."""
+    if not KINDS[kind].lower or total.ndim < 2:
+        return total
+    return total.tril() + total.tril(-1).T
+
+
 def add_activation_moment(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
-    """total [in, in] += Σ x xᵀ over the active tokens."""
+    """total [in, in], or its diagonal [in], += Σ x xᵀ over the active tokens."""
     kept = x.flatten(0, 1) * active.flatten()[:, None]
-    total.addmm_(kept.T, kept)
+    if total.ndim == 1:
+        total += kept.square().sum(dim=0)
+    else:
+        _add_lower_gram(total, kept)
 
 
 def add_activation_magnitude(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
@@ -96,8 +146,7 @@ def add_active_tokens(total: Tensor, x: Tensor, active: Tensor, context: Any = N
 
 def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [out, out] += Σ g gᵀ over tokens."""
-    flat = g.flatten(0, 1)
-    total.addmm_(flat.T, flat)
+    _add_lower_gram(total, g.flatten(0, 1))
 
 
 def add_kronecker_in(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
@@ -141,10 +190,17 @@ KINDS = {
     for kind in (
         Kind("fisher", "(loss / weight)², sum over samples", _out_in, add_fisher),
         Kind("fisher_rows", "(loss / weight)², sum over outputs and samples", _in, add_fisher_rows),
-        Kind("activation_moment", "input², sum over active tokens", _in_in, add_activation_moment, of_input=True),
+        Kind(
+            "activation_moment",
+            "input², sum over active tokens",
+            _in_in,
+            add_activation_moment,
+            of_input=True,
+            lower=True,
+        ),
         Kind("activation_magnitude", "|input|, sum over active tokens", _in, add_activation_magnitude, of_input=True),
         Kind("active_tokens", "tokens", lambda out_features, in_features: (), add_active_tokens, of_input=True),
-        Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment),
+        Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment, lower=True),
         Kind(
             "kronecker_in",
             "(loss / weight)², up to scale, sum over samples",

@@ -49,13 +49,43 @@ def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         raise NotSeparable
     logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        causal = (
-            model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        )  # a low-rank class answers with its base's name
-        return _token_losses(logits[:, :-1], labels[:, 1:]) if causal else _token_losses(logits, labels)
+        return _token_losses(logits[:, :-1], labels[:, 1:]) if _is_causal(model) else _token_losses(logits, labels)
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels):
         return _sequence_losses(logits, labels, getattr(model.config, "problem_type", None))
     raise NotSeparable
+
+
+def label_count(model: PreTrainedModel, batch: Batch) -> int:
+    """How many labels the losses of a batch are means over: its labelled tokens, or one for each sample."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
+        return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    return int(((labels[:, 1:] if _is_causal(model) else labels) != IGNORED).sum())
+
+
+def is_regression(model: PreTrainedModel, batch: Batch) -> bool:
+    """Whether the loss of a batch is a squared error."""
+    labels, classes = batch.get("labels"), getattr(model.config, "num_labels", None)
+    number = isinstance(labels, Tensor) and labels.is_floating_point()
+    problem = getattr(model.config, "problem_type", None)
+    return number and (problem == "regression" or (problem is None and classes == 1))
+
+
+def curvature_per_fisher(regression: bool, loss: float, labels: float) -> float:
+    """What the Fisher information of samples' losses is multiplied by to be the curvature of the mean loss.
+
+    They are equal for a log likelihood with one label for each sample. The mean over a sample's T labelled tokens has
+    the curvature of one token, but T times less squared gradient, tokens being nearly independent: `labels` is the mean
+    T. A squared error with residuals r has curvature 2 JJᵀ and squared gradient 4 r² JJᵀ: the factor is 1 / (2 E r²),
+    `loss` being E r².
+    """
+    if regression:
+        return 1 / (2 * loss) if loss > 0 else 1.0
+    return labels
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    return model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # a low-rank class has its base's name
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
-from hf_lowrank.modeling_lowrank import dense_weight
-from hf_lowrank.statistics.kinds import KINDS, accumulate
+from hf_lowrank.distributed import from_everyone, summed
+from hf_lowrank.statistics.kinds import accumulate, completed, sum_shape
+from hf_lowrank.weights import sums_device
 
 
 @dataclass(eq=False)
@@ -48,6 +47,18 @@ class InputSums:
             self._add(arrived)
         self.waiting.clear()
 
+    def state(self) -> tuple[dict[str, Tensor], list[list[str]]]:
+        """The sums up to now between two batches, by cell and kind, and the members of every cell."""
+        cells = list({self.cells[name]: None for name in self.targets if name in self.cells})
+        sums = {f"{n}/{kind}": cell.sums[kind] for n, cell in enumerate(cells) for kind in self.kinds}
+        return sums, [sorted(cell.members) for cell in cells]
+
+    def restore(self, sums: dict[str, Tensor], members: list[list[str]]) -> None:
+        """Go on from a `state`."""
+        for n, names in enumerate(members):
+            device = self.device or sums_device(self.targets[names[0]])
+            self._assign(names, {kind: sums[f"{n}/{kind}"].to(device, copy=True) for kind in self.kinds})
+
     def result(self) -> dict[str, dict[str, Tensor]]:
         """The sums over all processes by kind and name; layers that shared them everywhere share the tensors."""
         groups: dict[tuple[int, ...], list[str]] = {}
@@ -56,9 +67,8 @@ class InputSums:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
         for names in groups.values():
             own = self.cells[names[0]].sums if names[0] in self.cells else self._zeros(names[0])
-            total = reduce(own, "sum") if PartialState().num_processes > 1 else own
             for kind in self.kinds:
-                sums[kind] |= dict.fromkeys(names, total[kind])
+                sums[kind] |= dict.fromkeys(names, completed(kind, summed(own[kind])))
         return {kind: {name: by_name[name] for name in self.targets} for kind, by_name in sums.items()}
 
     def _labels(self) -> dict[str, tuple[int, ...]]:
@@ -68,7 +78,7 @@ class InputSums:
         for n, name in enumerate(self.targets):
             cell = self.cells.get(name)
             mine[name] = -1 - n if cell is None else numbers.setdefault(cell, len(numbers))
-        everyone = gather_object([mine]) if PartialState().num_processes > 1 else [mine]
+        everyone = from_everyone(mine)
         return {name: tuple(numbers[name] for numbers in everyone) for name in self.targets}
 
     def _add(self, arrived: dict[str, tuple[Tensor, Tensor]]) -> None:
@@ -102,6 +112,6 @@ class InputSums:
         self.cells |= dict.fromkeys(cell.members, cell)
 
     def _zeros(self, name: str) -> dict[str, Tensor]:
-        weight = dense_weight(self.targets[name])
-        device = self.device or weight.device
-        return {kind: torch.zeros(KINDS[kind].shape(*weight.shape), device=device) for kind in self.kinds}
+        target = self.targets[name]
+        device = self.device or sums_device(target)
+        return {kind: torch.zeros(sum_shape(kind, target), device=device) for kind in self.kinds}

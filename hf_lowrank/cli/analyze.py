@@ -1,0 +1,99 @@
+"""hf-lowrank analyze: before compressing, what a model will bear, where and why."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowrank.analysis import AnalysisConfig, analyze, needed_statistics
+from hf_lowrank.analysis.run import DEFAULT_METHODS
+from hf_lowrank.calibration import calibration_loader
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console, print_json
+from hf_lowrank.cli.facts import origin, public_name
+from hf_lowrank.cli.options import (
+    BatchOption,
+    DataOption,
+    ExcludeOption,
+    IncludeOption,
+    JsonOption,
+    LabelColumnOption,
+    LengthOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    TaskOption,
+    TextColumnOption,
+    patterns,
+)
+from hf_lowrank.loading import load_model
+from hf_lowrank.plots.report import JOURNAL, prepare_folder, save_analysis
+from hf_lowrank.statistics import compute_statistics
+from hf_lowrank.tasks import get_task, load_validation
+
+
+@app.command("analyze")
+def analyze_command(
+    model: ModelArgument,
+    task: TaskOption,
+    output: Annotated[Path, typer.Option(help="A folder for report.html, plots (PNG) and analysis.json.")],
+    rank_ratio: Annotated[
+        float, typer.Option(help="Share of the ranks that you think of keeping; advice is for this one.")
+    ] = 0.33,
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare, with commas; 'hf-lowrank methods' lists them.")
+    ] = ",".join(DEFAULT_METHODS),
+    groups: Annotated[int, typer.Option(min=2, help="Groups of singular directions that are removed in turn.")] = 10,
+    eval_samples: Annotated[
+        int | None,
+        typer.Option(min=2, help="Validation samples for each measurement. Default: all; 300 is often enough."),
+    ] = None,
+    data_dir: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    samples: SamplesOption = 512,
+    batch_size: BatchOption = 16,
+    max_length: LengthOption = None,
+    seed: SeedOption = 0,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget the measurements in the output folder and begin anew.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find out what low rank will cost a model, where and why, before compressing it.
+
+    Sweeps the rank, removes groups of singular directions, compresses every layer alone: is that what Fisher foretold?
+
+    Run it again on the same folder to go on after an interruption.
+
+    Example: hf-lowrank analyze ./bert-stsb --task stsb --eval-samples 300 --output ./analysis
+    """
+    chosen = tuple(dict.fromkeys(word.strip() for word in methods.split(",") if word.strip()))
+    config = AnalysisConfig(
+        chosen,
+        rank_ratio,
+        groups,
+        eval_samples=eval_samples,
+        seed=seed,
+        include=patterns(include),
+        exclude=patterns(exclude),
+    )
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    prepare_folder(output, overwrite)
+    loaded, tokenizer = load_model(model, the_task)
+    validation = load_validation(the_task, data_dir, tokenizer, loaded.config)
+    loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
+    source = origin(model, the_task, data_dir, seed)
+    kinds = needed_statistics(chosen)
+    statistics = compute_statistics(loaded, loader, kinds, include=include, exclude=exclude, origin=source)
+    analysis = analyze(
+        loaded, tokenizer, the_task, validation, statistics, config, public_name(model), output / JOURNAL
+    )
+    save_analysis(analysis, output)
+    if as_json:
+        return print_json(analysis.to_dict())
+    for finding in analysis.findings:
+        console.print(f"• {finding}", highlight=False)
+    console.print(f"the report is {output / 'report.html'}", highlight=False)

@@ -1,0 +1,62 @@
+"""hf-lowrank bench: how fast and how large is a compressed model beside the dense one?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from hf_lowrank.bench import BenchConfig, bench
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console, print_json
+from hf_lowrank.cli.options import JsonOption
+from hf_lowrank.plots.bench import bench_figure
+from hf_lowrank.plots.style import save_png
+from hf_lowrank.saving import add_facts
+
+
+@app.command("bench")
+def bench_command(
+    folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
+    against: Annotated[
+        str | None, typer.Option(help="The dense model it was made from. Default: the dense form of DIR itself.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences at once; may be repeated. Default: 1 and 32.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens in each; may be repeated. Default: 16 and 128.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each model that are counted.")] = 20,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: float32 on a CPU, else as stored."),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure both models under torch.compile.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw latencies and speed-ups into this PNG.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the latencies to DIR's compression.json, which its card is made of.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure latency, throughput, memory, load time and size of a compressed model beside its dense form.
+
+    Both are measured in one process, taking turns. The speed-up is set against the ratio of arithmetic: what is
+    missing is spent on memory traffic and on starting twice as many operations.
+
+    Example: hf-lowrank bench ./bert-stsb-lowrank --against ./bert-stsb --threads 1 --plot speed.png
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    defaults = BenchConfig()
+    config = BenchConfig(tuple(batch or defaults.batches), tuple(length or defaults.lengths), rounds, dtype, compiled)
+    measured = bench(folder, against, config)
+    if record:
+        add_facts(folder, latency=measured.latency_facts())
+    if plot is not None:
+        save_png(bench_figure(measured.to_dict()), plot)
+    if as_json:
+        return print_json(measured.to_dict())
+    console.print(measured.cases_table())
+    console.print(measured.loading_table())

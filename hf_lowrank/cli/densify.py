@@ -1,0 +1,28 @@
+"""hf-lowrank densify: back to an ordinary dense checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console
+from hf_lowrank.cli.options import OverwriteOption
+from hf_lowrank.densify import densify_folder
+
+
+@app.command("densify")
+def densify_command(
+    folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
+    output: Annotated[Path, typer.Argument(help="Where the dense model goes.", metavar="OUT")],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a compressed model back into an ordinary checkpoint of its base class, for engines that know only that.
+
+    It computes the same, at the size and speed of the dense model: llama.cpp's converter and engines without
+    transformers read it.
+
+    Example: hf-lowrank densify ./bert-stsb-lowrank ./bert-stsb-dense
+    """
+    model = densify_folder(folder, output, overwrite)
+    console.print(f"saved to {output}: {type(model).__name__}, {model.num_parameters():,} parameters", highlight=False)

@@ -1,0 +1,26 @@
+"""hf-lowrank export: a compressed model as ONNX."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console
+from hf_lowrank.export import export_onnx
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
+    output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="OUT.onnx")],
+) -> None:
+    """Write a compressed model as ONNX with free batch and length, its factors kept, and check it in ONNX Runtime.
+
+    Needs the extra: pip install 'hf_lowrank[export]'.
+
+    Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
+    """
+    difference = export_onnx(folder, output)
+    size = output.stat().st_size / 1e6
+    console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)

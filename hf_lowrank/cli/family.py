@@ -1,0 +1,32 @@
+"""The family of methods as a table."""
+
+import typer
+from rich.table import Table
+
+from hf_lowrank.cli.console import console
+from hf_lowrank.solvers import METHODS, Method
+from hf_lowrank.statistics.kinds import passes
+
+
+def print_methods() -> None:
+    """Print what each method minimises, needs, and costs, and where it comes from."""
+    table = Table("method", "minimises", "needs", "cost", "ranks", "source", box=None, title="Δ = W − up @ down")
+    for method in METHODS.values():
+        needs = ", ".join(method.needs) or "nothing"
+        table.add_row(method.name, method.formula, needs, _cost(method), method.allocation, method.source)
+    console.print(table)
+
+
+def print_methods_for_help(value: str) -> str:
+    """For an option --method: `help` prints the family and ends."""
+    if value == "help":
+        print_methods()
+        raise typer.Exit
+    return value
+
+
+def _cost(method: Method) -> str:
+    """Passes over the calibration data, each about one of training, and the kind of solver."""
+    count = len(passes(method.needs))
+    data = {0: "no data", 1: "1 pass"}.get(count, f"{count} passes")
+    return f"{data}, {'iterates' if method.iterates else 'closed form'}"

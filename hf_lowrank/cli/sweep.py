@@ -1,0 +1,78 @@
+"""hf-lowrank sweep: score, size and time over methods and budgets, as a table and a plot."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_lowrank.cli.app import app
+from hf_lowrank.cli.console import console, print_json
+from hf_lowrank.cli.facts import origin
+from hf_lowrank.cli.options import (
+    DataOption,
+    JsonOption,
+    LabelColumnOption,
+    LengthOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    TaskOption,
+    TextColumnOption,
+)
+from hf_lowrank.loading import load_model
+from hf_lowrank.solvers import METHODS
+from hf_lowrank.sweep import SweepConfig, sweep
+from hf_lowrank.sweep_summary import write_summary
+from hf_lowrank.tasks import get_task
+
+
+@app.command("sweep")
+def sweep_command(
+    model: ModelArgument,
+    task: TaskOption,
+    output: Annotated[Path, typer.Option(help="A folder for results; with an unfinished sweep, that goes on.")],
+    method: Annotated[
+        list[str], typer.Option(help="May be repeated; 'all' for all of 'hf-lowrank methods'.")
+    ] = SweepConfig.methods,  # type: ignore[assignment]
+    allocation: Annotated[
+        list[str] | None, typer.Option(help="Spread of ranks; may be repeated. Default: each method's own.")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="What the values are: rank-ratio, keep, keep-model, params, …")] = (
+        "rank-ratio"
+    ),
+    value: Annotated[list[str], typer.Option(help="How small; may be repeated.")] = ["0.5", "0.33", "0.2", "0.1"],  # noqa: B006
+    epochs: Annotated[float, typer.Option(help="Fine-tune each model so long, and score it again.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Fine-tune in bfloat16, which is faster.")] = False,
+    data_dir: DataOption = None,
+    text_column: TextColumnOption = None,
+    label_column: LabelColumnOption = None,
+    samples: SamplesOption = 512,
+    max_length: LengthOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model compressed by every method at every budget: results.jsonl, a table and plots.
+
+    Example: hf-lowrank sweep ./bert-stsb --task stsb --method svd --method kfac --output ./bert-stsb-sweep
+    """
+    values = tuple(float(each) if _is_number(each) else each for each in value)
+    allocations = tuple(allocation) if allocation else None
+    methods = tuple(METHODS) if "all" in method else tuple(method)
+    config = SweepConfig(methods, allocations, budget.replace("-", "_"), values, epochs, bf16, samples, seed)
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    loaded, tokenizer = load_model(model, the_task)
+    source = origin(model, the_task, data_dir, seed)
+    records = sweep(loaded, tokenizer, the_task, data_dir, config, output, source)
+    table = write_summary(records, the_task, output)
+    if as_json:
+        return print_json({"records": records})
+    console.print(table, highlight=False)
+    console.print(f"results, summary.md and plots are in {output}", highlight=False)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

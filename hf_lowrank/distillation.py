@@ -1,0 +1,103 @@
+"""A student's and its teacher's outputs for one batch → the loss that draws the student to the teacher."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lowrank.errors import LowRankError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from a teacher: loss = (1 - `logits`) task + `logits` T² KL(teacher ‖ student) + `hidden` MSE(hidden).
+
+    Logits by Hinton, Vinyals & Dean (2015), with the temperature T; of a regression their squared difference. Hidden
+    states by Sun et al. (2019): those after every block of the student and the block of the teacher at the same share
+    of its depth, over tokens that are not padding.
+
+    Args:
+        teacher: a model of the same task, labels and tokenizer, usually the dense one. It is not changed.
+        temperature: above 0; softens both distributions.
+        logits: weight of the logits' term in [0, 1], the task's own loss having the rest.
+        hidden: weight of the hidden states' term, at least 0. It needs equal widths.
+
+    Raises:
+        LowRankError: a weight or the temperature is out of range.
+    """
+
+    teacher: PreTrainedModel
+    temperature: float = 2.0
+    logits: float = 0.5
+    hidden: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 <= self.logits <= 1 and self.hidden >= 0):
+            raise LowRankError(
+                "distillation takes a temperature above 0, a weight of the logits in [0, 1] and one of the hidden "
+                f"states of at least 0; they are {self.temperature}, {self.logits} and {self.hidden}"
+            )
+
+    def check(self, student: PreTrainedModel) -> None:
+        """Raise where the two cannot be compared.
+
+        Raises:
+            LowRankError: their labels, widths or depths do not fit each other.
+        """
+        ours, theirs = student.config, self.teacher.config
+        if ours.num_labels != theirs.num_labels or ours.vocab_size != theirs.vocab_size:
+            raise LowRankError(
+                f"the teacher has {theirs.num_labels} labels and {theirs.vocab_size} tokens, the model "
+                f"{ours.num_labels} and {ours.vocab_size}: a teacher knows the "
+                "same task and has the same tokenizer"
+            )
+        depths = theirs.num_hidden_layers, ours.num_hidden_layers
+        if self.hidden and (ours.hidden_size != theirs.hidden_size or depths[0] % depths[1]):
+            raise LowRankError(
+                f"the teacher's {depths[0]} hidden states of width {theirs.hidden_size} do not fit the model's "
+                f"{depths[1]} of {ours.hidden_size}; learn from its logits only, with a weight of 0 for hidden states"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as plain values."""
+        return {"temperature": self.temperature, "logits": self.logits, "hidden": self.hidden}
+
+    def loss(self, task_loss: Tensor, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """The whole loss of a batch, from the task's own and the student's outputs (hidden states, if weighted)."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with torch.no_grad():
+            told = self.teacher(**inputs, output_hidden_states=self.hidden > 0)
+        counted = _counted(outputs.logits, batch)
+        loss = (1 - self.logits) * task_loss
+        loss = loss + self.logits * _logits_loss(outputs.logits, told.logits, counted, self.temperature)
+        if self.hidden:
+            loss = loss + self.hidden * _hidden_loss(outputs.hidden_states, told.hidden_states, batch)
+        return loss
+
+
+def _counted(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Which rows of the logits a label speaks of: [batch] for whole sequences, else [batch, tokens]."""
+    if logits.ndim == 2:
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return batch["labels"] != IGNORED
+
+
+def _logits_loss(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    student, teacher = student[counted].float(), teacher[counted].float()
+    if student.shape[-1] == 1:
+        return F.mse_loss(student, teacher)
+    student, teacher = (F.log_softmax(logits / temperature, dim=-1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch: dict[str, Tensor]) -> Tensor:
+    """The mean squared difference after the student's blocks; the first of both tuples are the embeddings."""
+    step = (len(teacher) - 1) // (len(student) - 1)
+    pairs = zip(student[1:], teacher[step::step], strict=True)
+    kept = batch["attention_mask"].bool()
+    return torch.stack([F.mse_loss(ours[kept].float(), theirs[kept].float()) for ours, theirs in pairs]).mean()

@@ -1,0 +1,74 @@
+"""Checkpoints of statistics: each process's own sums within a pass over the data, everyone's after each pass."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from hf_lowrank.checkpoint import Store, Work
+from hf_lowrank.distributed import Result, on_main
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.statistics.container import Statistics
+
+PASSES = 2  # at most
+
+
+class Checkpoints:
+    """Where a measurement goes on: after the passes that are finished, within the one that is not."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.number = 1  # of the pass at hand
+        state = PartialState()
+        self.name = f"process-{state.process_index}-of-{state.num_processes}"
+
+    def finished(self) -> tuple[Statistics | None, int]:
+        """The statistics of the last finished pass, and its number, 0 if there is none.
+
+        Raises:
+            LowRankError: they are damaged.
+        """
+        number = on_main(lambda: max((n for n in range(1, PASSES + 1) if self._folder(n).exists()), default=0))
+        self.number = number + 1
+        return (Statistics.load(self._folder(number)) if number else None), number
+
+    @property
+    def sums(self) -> Store:
+        """Those of the pass at hand."""
+        return self.work.store(f"sums-{self.number}")
+
+    def load(self) -> Result | None:
+        """What this process had summed up in the pass at hand, if anything.
+
+        Raises:
+            LowRankError: on all processes, if other processes than these had shared the data; or it is damaged.
+        """
+        on_main(self._refuse_other_shares)
+        return self.sums.load(self.name) if self.name in self.sums.names() else None
+
+    def due(self) -> bool:
+        """Whether it is time for the next checkpoint."""
+        return self.work.due()
+
+    def save(self, state: Result) -> None:
+        """Write what this process has summed up in the pass at hand."""
+        self.sums.save(self.name, state)
+        self.work.checkpointed()
+
+    def finish(self, measured: Statistics) -> None:
+        """Write what this pass and those before have measured, and let go of the sums that went into it."""
+        on_main(lambda: measured.save(self._folder(self.number)))
+        on_main(self.sums.remove)
+        self.number += 1
+        self.work.checkpointed()
+
+    def _folder(self, number: int) -> Path:
+        return self.work.folder / f"statistics-{number}"
+
+    def _refuse_other_shares(self) -> None:
+        processes = PartialState().num_processes
+        others = {name.rpartition("-")[2] for name in self.sums.names()} - {str(processes)}
+        if others:
+            raise LowRankError(
+                f"{self.work.folder}: the statistics were begun by {others.pop()} process(es), each with its share of "
+                f"the data, and are resumed by {processes}; use as many as before, or start again with --overwrite"
+            )

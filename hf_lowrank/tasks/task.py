@@ -1,0 +1,48 @@
+"""What a task is: its columns, its data set, how it is scored, and the kind of model it takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its columns, its Hub data set, and how it is scored. `kind` is a key of `KINDS`.
+
+    `label_names` are the meanings of integer labels in the data; `label_values` is what stands there instead of 0, 1, …
+    if the data are not numbered so. `metrics` maps (predictions, labels) to figures, of
+    which `score` names the one that counts; perplexity needs none.
+    """
+
+    name: str
+    kind: str
+    text: tuple[str, ...]
+    label: str | None
+    hub: tuple[str, str | None]
+    score: str
+    metrics: Callable[[Any, Any], dict[str, float]] | None = None
+    label_names: tuple[str, ...] = ()
+    label_values: tuple[Any, ...] = ()
+    validation: tuple[str, ...] = ("validation",)
+    packed: bool = False  # texts are lines, joined and cut into blocks of equal length, as is usual for running text
+    max_length: int = 128
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class of models for this task."""
+        return KINDS[self.kind]
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller score is a better one."""
+        return self.score == "perplexity"
+
+
+KINDS = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "causal_lm": AutoModelForCausalLM,
+}

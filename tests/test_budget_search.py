@@ -1,0 +1,140 @@
+"""The search for the smallest good model, profiles of single layers, and sweeps that go on where they were."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForSequenceClassification, PreTrainedModel
+
+from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
+from hf_lowrank.profiling import mean_loss, profile_losses
+from hf_lowrank.search import search_smallest
+from hf_lowrank.statistics import Statistics
+from tests.helpers import bert_config, tiny_bert, token_ids
+from tests.tiny_task import run, tiny_tokenizer, write_cola
+
+CONFIG = CompressionConfig("kfac", keep=0.5)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    return {"input_ids": token_ids(batch=16, length=9), "labels": torch.arange(16) % 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Not a fresh one: its classes depend on its input."""
+    model = tiny_bert()
+    for parameter in model.parameters():
+        parameter.data *= 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def statistics(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> Statistics:
+    return compute_statistics(model, [batch], CONFIG.needs, progress=False)
+
+
+def test_the_smallest_accepted_size_is_found(model: PreTrainedModel, statistics: Statistics) -> None:
+    """Where quality is the size itself, the smallest that is accepted is known."""
+    before = copy.deepcopy(model.state_dict())
+    size = lambda candidate: float(candidate.num_parameters())  # noqa: E731
+    limit = 0.6 * model.num_parameters()
+    found = search_smallest(model, CONFIG, statistics, size, lambda value: value >= limit, progress=False)
+    assert limit <= found.measured == found.model.num_parameters() < limit + 0.02 * model.num_parameters()
+    assert found.report.parameters_after == found.measured
+    assert len(found.tried) <= 7
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_search_that_cannot_succeed_says_how_near_it_came(model: PreTrainedModel, statistics: Statistics) -> None:
+    with pytest.raises(LowRankError, match=r"no smaller model is good enough; .* keep 0\.99\d measured 1") as raised:
+        search_smallest(model, CONFIG, statistics, lambda candidate: 1.0, lambda value: value > 1, progress=False)
+    assert "measured 1" in str(raised.value)
+
+
+def test_profiles_are_what_each_layer_loses_alone(
+    model: PreTrainedModel, statistics: Statistics, batch: dict[str, torch.Tensor]
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    profile = profile_losses(model, CONFIG, statistics, [batch], ratios=(0.1, 0.4), progress=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    name = "bert.encoder.layer.0.output.dense"
+    assert list(profile[name]) == [3, 13]
+    alone = CompressionConfig("kfac", 0.1, "uniform", include=(name,))
+    low_rank, _ = compress(copy.deepcopy(model), alone, statistics, progress=False)
+    assert profile[name][3] == pytest.approx(mean_loss(low_rank, [batch]) - mean_loss(model, [batch]), abs=1e-6)
+    knapsack = CompressionConfig("kfac", keep=0.6, allocation="knapsack")
+    _, report = compress(copy.deepcopy(model), knapsack, statistics, progress=False, profile=profile)
+    assert set(report.ranks.values()) <= {3, 13}
+    assert report.targeted_after <= 0.6 * report.targeted_before
+    with pytest.raises(LowRankError, match="the profile has no measured loss"):
+        compress(copy.deepcopy(model), knapsack, statistics, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with a classifier and one with its data."""
+    folder = tmp_path_factory.mktemp("sweep")
+    torch.manual_seed(0)
+    BertForSequenceClassification(bert_config(num_labels=2)).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return folder / "model", write_cola(folder / "data")
+
+
+def test_a_sweep_goes_on_where_it_was(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    model, data = trained
+    out = tmp_path / "sweep"
+    words = ["sweep", model, "--task", "cola", "--data-dir", data, "--output", out, "--samples", "16"]
+    words += ["--value", "0.4", "--value", "0.2", "--method", "svd"]
+    code, text, _ = run(monkeypatch, capfd, *words)
+    assert code == 0
+    assert "| svd | uniform | rank_ratio 0.2 |" in text
+    first = (out / "results.jsonl").read_text()
+    assert len(first.splitlines()) == 3
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"method": "kfac", "cut off')
+    code, text, _ = run(monkeypatch, capfd, *words, "--method", "kfac", "--allocation", "knapsack", "--json")
+    assert code == 0
+    records = json.loads(text)["records"]
+    assert (out / "results.jsonl").read_text().startswith(first)
+    assert [(r["method"], r.get("value")) for r in records] == [
+        ("dense", None), ("svd", 0.4), ("svd", 0.2), ("kfac", 0.4), ("kfac", 0.2)
+    ]  # fmt: skip
+    smaller = [record["parameters"] for record in records]
+    assert smaller[0] > smaller[1] > smaller[2]
+    for name in ("pareto.png", "loss.png", "summary.md", "statistics", "profile-kfac.json"):
+        assert (out / name).exists()
+    code, _, error = run(monkeypatch, capfd, *words, "--seed", "1")
+    assert code == 2
+    assert "holds a sweep with seed 0, this one has 1" in error
+
+
+def test_budgets_and_searches_from_the_command(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    model, data = trained
+    words = ["compress", model, "--task", "cola", "--data-dir", data, "--samples", "16", "--json"]
+    code, text, _ = run(monkeypatch, capfd, *words, "--output", tmp_path / "a", "--params", "18k", "--align", "2")
+    assert code == 0
+    record = json.loads(text)
+    assert record["parameters_after"] <= 18_000
+    assert all(layer["rank"] is None or layer["rank"] % 2 == 0 for layer in record["layers"])
+    code, text, _ = run(
+        monkeypatch, capfd, *words, "--output", tmp_path / "b", "--max-loss-increase", "0.01", "--allocation", "uniform"
+    )
+    assert code == 0
+    assert json.loads(text)["search"]["tried"]
+    for wrong, message in (
+        (("--params", "18k", "--keep", "0.5"), "give one budget, not 2: keep, params"),
+        (("--keep-score", "0.9", "--keep", "0.5"), "give one budget, not 2: keep, keep_score"),
+        (("--params", "100"), "params 100 cannot be met: it must be between"),
+        (("--max-loss-increase", "-9"), "no smaller model is good enough; of those tried"),
+    ):
+        code, _, error = run(monkeypatch, capfd, *words, "--output", tmp_path / "c", *wrong)
+        assert code == 2
+        assert message in error
+        assert not (tmp_path / "c").exists()

@@ -1,0 +1,257 @@
+"""One, two and three processes: the same statistics up to summation order, the same factors bit for bit."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState, cpu_offload, disk_offload
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
+from hf_lowrank.distributed import divided, on_main, shares
+from hf_lowrank.statistics.collect import lockstep
+from hf_lowrank.statistics.shared import InputSums
+from hf_lowrank.weights import model_digest, unwrapped
+from tests.helpers import outputs, tiny_bert, tiny_llama
+from tests.jobs import ROOT, Job, content, hf_lowrank, launch, make_data, make_model
+from tests.test_statistics import padded_batch
+
+KINDS = ["activation_moment", "active_tokens", "fisher", "gradient_moment", "fisher_in_eigenbasis"]  # two passes
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What all commands on a tiny model have in common."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return [make_model(folder / "model"), "--task", "cola", "--data-dir", make_data(folder / "data"), "--batch-size", 3]
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Five samples in three batches."""
+    whole = padded_batch(torch.tensor([0, 1, 1, 0, 1]), lengths=(9, 8, 6, 4, 1))
+    return [{key: value[part] for key, value in whole.items()} for part in (slice(0, 2), slice(2, 4), slice(4, 5))]
+
+
+def assert_equal_up_to_order(found: Statistics, expected: Statistics) -> None:
+    assert (found.samples, found.tokens, found.weights) == (expected.samples, expected.tokens, expected.weights)
+    for kind, sums in expected.sums.items():
+        for name, total in sums.items():
+            torch.testing.assert_close(found.sums[kind][name], total, rtol=1e-4, atol=1e-5 * float(total.abs().max()))
+
+
+# --- statistics ---
+
+
+def test_statistics_do_not_depend_on_the_number_of_processes(common: list[Any], tmp_path: Path) -> None:
+    kinds = [word for kind in KINDS for word in ("--kind", kind)]
+    for processes in (1, 2, 3):  # 25 samples
+        words = ["statistics", *common, *kinds, "--output", tmp_path / f"on-{processes}"]
+        job = Job(tmp_path / "job", hf_lowrank, *words, processes=processes).done()
+        assert sum("saved to" in path.read_text() for path in job.logs) == 1  # only the main process prints
+    one = Statistics.load(tmp_path / "on-1")
+    assert one.samples == 25
+    for processes in (2, 3):
+        assert_equal_up_to_order(Statistics.load(tmp_path / f"on-{processes}"), one)
+
+
+def measure_share(output: Path) -> None:
+    state = PartialState()
+    mine = batches()[state.process_index :: state.num_processes]
+    measured = compute_statistics(tiny_bert(), mine, KINDS, progress=False)
+    if state.is_last_process:
+        measured.save(output)
+
+
+def test_processes_without_samples_take_part(tmp_path: Path) -> None:
+    Job(tmp_path / "job", measure_share, tmp_path / "measured", processes=4).done()
+    expected = compute_statistics(tiny_bert(), batches(), KINDS, progress=False)
+    assert_equal_up_to_order(Statistics.load(tmp_path / "measured"), expected)
+
+
+def part_differently(output: Path) -> None:
+    rank = PartialState().process_index
+    sums = InputSums(["active_tokens"], {name: nn.Linear(2, 3) for name in "abcd"}, None)
+    x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
+    for name, mask in zip("abc", [(every, every, some), (some, every, every)][rank], strict=True):
+        sums.arrive(name, x, mask, ("a", "b", "c"))
+    result = sums.result()["active_tokens"]
+    if rank == 1:
+        save_file({name: total.clone() for name, total in result.items()}, output)
+
+
+def test_inputs_that_are_shared_on_one_process_only_are_told_apart(tmp_path: Path) -> None:
+    Job(tmp_path / "job", part_differently, tmp_path / "sums", processes=2).done()
+    assert {name: float(total) for name, total in load_file(tmp_path / "sums").items()} == {
+        "a": 5, "b": 8, "c": 5, "d": 0
+    }  # fmt: skip
+
+
+# --- factors ---
+
+
+@pytest.mark.parametrize("method", ["kfac", "tfwsvd"])
+def test_factors_are_those_of_one_process_bit_for_bit(common: list[Any], tmp_path: Path, method: str) -> None:
+    kinds = ("--kind", "fisher") if method == "tfwsvd" else ()
+    Job(tmp_path / "job", hf_lowrank, "statistics", *common, *kinds, "--output", tmp_path / "measured").done()
+    rest = [*common, "--method", method, "--statistics", tmp_path / "measured"]
+    for processes in (1, 3):
+        words = ["compress", *rest, "--output", tmp_path / f"on-{processes}"]
+        Job(tmp_path / "job", hf_lowrank, *words, processes=processes).done()
+    assert content(tmp_path / "on-3") == content(tmp_path / "on-1")
+
+
+def compress_everywhere(folder: Path) -> None:
+    statistics = compute_statistics(tiny_bert(), batches(), CompressionConfig().needs, progress=False)
+    model, report = compress(tiny_bert(), CompressionConfig(keep=0.5), statistics, progress=False)
+    assert [layer.name for layer in report.layers] == list(statistics.weights)
+    (folder / f"digest-{PartialState().process_index}").write_text(model_digest(model) + str(report.ranks))
+
+
+def test_every_process_ends_with_the_same_model(tmp_path: Path) -> None:
+    Job(tmp_path / "job", compress_everywhere, tmp_path, processes=2).done()
+    first, second = ((tmp_path / f"digest-{rank}").read_text() for rank in range(2))
+    assert first == second
+
+
+def test_the_longest_work_is_given_first() -> None:
+    costs = {f"layer {n}": random.Random(n).uniform(1, 10) for n in range(40)}
+    for processes in (1, 2, 7):
+        given = shares(costs, processes)
+        assert sorted(name for names in given for name in names) == sorted(costs)
+        loads = [sum(costs[name] for name in names) for names in given]
+        bound = max(sum(costs.values()) / processes, max(costs.values()))
+        assert max(loads) <= (4 / 3 - 1 / (3 * processes)) * bound + 1e-9
+    assert shares({"a": 1.0}, 3) == [["a"], [], []]
+
+
+def exchange(folder: Path) -> None:
+    state = PartialState()
+    solved = []
+
+    def solve(name: str) -> Any:
+        solved.append(name)
+        return {"x": torch.full((2, 3), float(name), dtype=torch.bfloat16), "e": torch.zeros(0, 4)}, {"of": name}
+
+    received = dict(divided({str(n): float(n) for n in range(1, 8)}, solve))
+    assert set(received) == {str(n) for n in range(1, 8)}
+    assert len(solved) < 7
+    for name, (tensors, facts) in received.items():
+        assert facts == {"of": name}
+        assert tensors["e"].shape == (0, 4)
+        assert torch.equal(tensors["x"], torch.full((2, 3), float(name), dtype=torch.bfloat16))
+    with pytest.raises(LowRankError, match="said by main"):
+        on_main(lambda: (_ for _ in ()).throw(LowRankError("said by main")))
+    steps = list(lockstep([{"n": 1}, {"n": 2}] if state.process_index == 1 else []))
+    expected = [({"n": 1}, True), ({"n": 2}, True)] if state.process_index == 1 else [({"n": 1}, False)] * 2
+    assert steps == expected
+
+
+def test_results_errors_and_steps_travel(tmp_path: Path) -> None:
+    Job(tmp_path / "job", exchange, tmp_path, processes=3).done()
+
+
+# --- models that are wrapped, sharded or offloaded ---
+
+
+def measure_wrapped(output: Path) -> None:
+    state = PartialState()
+    model = DistributedDataParallel(tiny_bert())
+    mine = batches()[state.process_index :: state.num_processes]
+    statistics = compute_statistics(model, mine, CompressionConfig().needs, progress=False)
+    compressed, _ = compress(model, CompressionConfig(keep=0.5), statistics, progress=False)
+    assert compressed is model.module
+    if state.is_main_process:
+        statistics.save(output)
+
+
+def measure_sharded(output: Path) -> None:
+    state = PartialState()
+    model = tiny_llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    texts = [padded_batch(lengths=lengths) for lengths in ((9, 7), (8, 3), (5,))]
+    model(**texts[0]).loss.backward()  # as if in training
+    model.zero_grad()
+    mine = texts[state.process_index :: state.num_processes]  # two batches here, one there
+    statistics = compute_statistics(model, mine, ["fisher", "activation_moment"], progress=False)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(LowRankError, match="sharded by FSDP2"):
+        compress(model, CompressionConfig("svd"), progress=False)
+    if state.is_main_process:
+        statistics.save(output)
+
+
+def test_a_model_in_ddp_is_measured_and_compressed(tmp_path: Path) -> None:
+    Job(tmp_path / "job", measure_wrapped, tmp_path / "measured", processes=2).done()
+    expected = compute_statistics(tiny_bert(), batches(), CompressionConfig().needs, progress=False)
+    assert_equal_up_to_order(Statistics.load(tmp_path / "measured"), expected)
+
+
+def test_a_model_sharded_by_fsdp2_is_measured_where_it_is(tmp_path: Path) -> None:
+    Job(tmp_path / "job", measure_sharded, tmp_path / "measured", processes=2).done()
+    texts = [padded_batch(lengths=lengths) for lengths in ((9, 7), (8, 3), (5,))]
+    expected = compute_statistics(tiny_llama(), texts, ["fisher", "activation_moment"], progress=False)
+    assert_equal_up_to_order(Statistics.load(tmp_path / "measured"), expected)
+
+
+@pytest.mark.parametrize("where", ["main memory", "disk"])
+def test_offloaded_layers_come_are_solved_and_leave(tmp_path: Path, where: str) -> None:
+    def offloaded() -> Any:
+        here = torch.device("cpu")
+        return cpu_offload(tiny_bert(), here) if where == "main memory" else disk_offload(tiny_bert(), tmp_path, here)
+
+    model = offloaded()
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    expected = compute_statistics(tiny_bert(), batches(), KINDS, progress=False)
+    assert_equal_up_to_order(compute_statistics(model, batches(), KINDS, progress=False), expected)
+    assert model_digest(model) == model_digest(tiny_bert())
+    compressed, report = compress(model, CompressionConfig("ekfac", 0.3), expected, progress=False)
+    plain, plain_report = compress(tiny_bert(), CompressionConfig("ekfac", 0.3), expected, progress=False)
+    assert report.ranks == plain_report.ranks
+    assert {parameter.device.type for parameter in compressed.parameters()} == {"meta"}
+    assert model_digest(compressed) == model_digest(plain)
+    torch.testing.assert_close(outputs(compressed), outputs(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_zero_3_is_refused() -> None:
+    model = tiny_bert()
+    model.classifier.weight.ds_id = 3
+    for call in (lambda: unwrapped(model), lambda: compute_statistics(model, batches(), ["fisher"])):
+        with pytest.raises(LowRankError, match="DeepSpeed ZeRO-3, which is not supported; load it without"):
+            call()
+
+
+# --- ends ---
+
+
+def test_a_process_that_dies_ends_the_others(common: list[Any], tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", hf_lowrank, "compress", *common, "--output", tmp_path / "out", processes=2)
+    job.until(tmp_path / "out.work/job.json").processes[1].kill()
+    started = time.monotonic()
+    codes = job.wait(60)
+    assert codes[0] not in (0, None)
+    assert codes[1] == -9
+    assert time.monotonic() - started < 50
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_two_processes(common: list[Any], tmp_path: Path) -> None:
+    """The recipe for CPUs, with bad input and with good."""
+    recipe = ["accelerate.commands.launch", f"--config_file={ROOT / 'examples/accelerate/cpu.yaml'}"]
+    bad = launch(["compress", *common, "--output", tmp_path / "out", "--method", "fsvd"], *recipe)
+    printed, _ = bad.communicate(timeout=120)
+    assert bad.returncode not in (0, None)
+    assert printed.count("hf-lowrank: unknown method 'fsvd'") == 1
+    good = launch(["compress", *common, "--output", tmp_path / "out"], *recipe)
+    printed, _ = good.communicate(timeout=120)
+    assert good.returncode == 0, printed
+    assert printed.count("layers factorized by kfac") == 1
+    assert (tmp_path / "out/model.safetensors").is_file()
