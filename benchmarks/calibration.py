@@ -17,10 +17,10 @@ from hf_lowrank.progress import bar
 from hf_lowrank.solvers import methods
 from hf_lowrank.tasks import get_task, load_validation
 
-STUDIED = (("kfac", "greedy", 0.2), ("gfwsvd", "greedy", 0.2), ("tfwsvd", "uniform", 0.33), ("fwsvd", "uniform", 0.5))
+STUDIED = (("kfac", "greedy", 0.2), ("whiten-diag", "greedy", 0.2), ("tfwsvd", "uniform", 0.33))
 SAMPLES = (64, 256, 512, 1024, 4096)
 SEEDS = (0, 1, 2)
-DAMPINGS = ((1e-5, 1e-2), (1e-3, 1e-4), (1e-3, 1e-2), (1e-3, 1e-1), (1e-1, 1e-2))  # of activations, of gradients
+DAMPINGS = ((1e-5, 1e-2), (1e-3, 1e-4), (1e-3, 1e-1), (1e-1, 1e-2))  # of activations, of gradients
 DEFAULT_SAMPLES = 512
 
 

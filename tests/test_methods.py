@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
+from hf_lowrank import METHODS, CompressionConfig, compress, compute_statistics
 from hf_lowrank.solvers.elementwise import eigenbasis
 from hf_lowrank.statistics import KINDS
 from hf_lowrank.statistics.kinds import active_tokens, completed, passes
@@ -146,9 +146,9 @@ def test_kinds_that_need_others_come_in_a_second_pass() -> None:
 def test_every_method_compresses_a_model(name: str) -> None:
     model = tiny_bert(num_labels=3)
     batch = padded_batch(torch.tensor([0, 2, 1, 2]))
-    needs = METHODS[name].needs
-    statistics: Statistics | None = compute_statistics(model, [batch], needs, progress=False) if needs else None
-    _, report = compress(model, CompressionConfig(name, 0.25), statistics, progress=False)
+    config = CompressionConfig(name, 0.25)
+    measured = compute_statistics(model, [batch], config.needs, progress=False) if config.needs else None
+    _, report = compress(model, config, measured, progress=False)
     assert report.settings["allocation"] == METHODS[name].allocation
     assert report.parameters_after < report.parameters_before
     assert all(math.isfinite(layer.weighted_error) for layer in report.layers)

@@ -174,6 +174,7 @@ def kfac(statistics: Means) -> Objective:
     "tr Δᵀ B Δ A, A ⊗ B the nearest Kronecker product to E[vec G_n vec G_nᵀ]",
     "GFWSVD, Chekalina et al. (2025)",
     ("kronecker_in", "kronecker_out"),
+    "greedy",
 )
 def gfwsvd(statistics: Means) -> Objective:
     """As `kfac`, with the factors that come closest to the Fisher information of whole samples."""
