@@ -9,6 +9,15 @@ from hf_lowrank.plots.style import DENSE_STYLE, legend_beside, method_style, new
 
 Record = dict[str, Any]
 
+# A method has its colour and marker, an allocation its line and filling.
+LINES: dict[str, Any] = {
+    "uniform": {"linestyle": "-"},
+    "greedy": {"linestyle": "--", "markerfacecolor": "white", "markersize": 6},
+    "knapsack": {"linestyle": ":", "markersize": 8},
+    "type-wise": {"linestyle": "-."},
+    "effective-rank": {"linestyle": (0, (1, 1)), "markerfacecolor": "white"},
+}
+
 
 @styled
 def pareto_figure(records: list[Record], score: str, finetuned: bool = False) -> Figure:
@@ -22,8 +31,7 @@ def pareto_figure(records: list[Record], score: str, finetuned: bool = False) ->
     axes.axhline(dense["score"], label="dense", **DENSE_STYLE)
     for (method, allocation), curve in _curves(records).items():
         points = sorted((r["parameters"], r["score_finetuned" if finetuned else "score"]) for r in curve)
-        style = method_style(method) | ({} if allocation == "uniform" else {"markersize": 7})
-        axes.plot(*zip(*points, strict=True), label=f"{method}, {allocation}", **style)
+        axes.plot(*zip(*points, strict=True), label=f"{method}, {allocation}", **_style(method, allocation))
     axes.set_xlabel(f"parameters of the whole model (dense: {dense['parameters'] / 1e6:.1f}M)")
     axes.xaxis.set_major_formatter(lambda value, position: f"{value / 1e6:.3g}M")
     axes.set_ylabel(score)
@@ -44,7 +52,7 @@ def loss_figure(records: list[Record]) -> Figure:
         ]
         points = sorted((expected, measured) for expected, measured in points if measured > 0)
         if points:
-            axes.plot(*zip(*points, strict=True), label=f"{method}, {allocation}", **method_style(method))
+            axes.plot(*zip(*points, strict=True), label=f"{method}, {allocation}", **_style(method, allocation))
     low, high = axes.get_xlim()
     axes.plot([low, high], [low, high], label="equal", **DENSE_STYLE)
     axes.set_xscale("log")
@@ -53,6 +61,10 @@ def loss_figure(records: list[Record]) -> Figure:
     axes.set_ylabel("measured increase of the loss")
     legend_beside(axes)
     return figure
+
+
+def _style(method: str, allocation: str) -> dict[str, Any]:
+    return method_style(method) | LINES.get(allocation, {})
 
 
 def _curves(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
