@@ -116,25 +116,11 @@ def compress(
             other shapes; the budget cannot be met; the model is sharded over processes.
     """
     model = unwrapped(model)
-    if is_sharded(model):
-        raise LowRankError(
-            "the model is sharded by FSDP2, and a sharded layer cannot be replaced: save the statistics measured on "
-            "it, and compress a copy that is not (device_map and CPU offload are fine, layers move one at a time)"
-        )
-    targets = find_targets(model, config.include, config.exclude)
-    check_weights(targets)
-    if config.form != "factors" and any(isinstance(module, nn.Embedding) for module in targets.values()):
-        raise LowRankError(f"the {config.form} form is for linear layers: compress embeddings in a step of their own")
+    targets = _checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
     before, started = model.num_parameters(), time.perf_counter()
+    unreached = _unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
-    unreached = {name for name in targets if statistics is not None and not statistics.reach(name)}
-
-    if unreached == targets.keys():
-        raise LowRankError(
-            "by the statistics no sample's loss depends on any targeted layer; a loss that compares the samples of a "
-            "batch (a contrastive one) is constant for a single sample: measure them with another head or task"
-        )
 
     def decide() -> Ranks:
         weighed = {name: module for name, module in targets.items() if name not in unreached}
@@ -146,8 +132,53 @@ def compress(
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
+    layers = _replace_layers(model, solver, ranks, config, progress, work)
+    layers |= {name: replace(layers[name], note="no sample reached it") for name in unreached}
+    described = {}
+    if statistics is not None and config.needs:
+        described = {"samples": statistics.samples, "origin": statistics.origin}
+    seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
+    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, ordered, described)
+    model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
+    return model, report
+
+
+def _checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, nn.Module]:
+    """The layers to factorize, once it is known that they can be."""
+    if is_sharded(model):
+        raise LowRankError(
+            "the model is sharded by FSDP2, and a sharded layer cannot be replaced: save the statistics measured on "
+            "it, and compress a copy that is not (device_map and CPU offload are fine, layers move one at a time)"
+        )
+    targets = find_targets(model, config.include, config.exclude)
+    check_weights(targets)
+    if config.form != "factors" and any(isinstance(module, nn.Embedding) for module in targets.values()):
+        raise LowRankError(f"the {config.form} form is for linear layers: compress embeddings in a step of their own")
+    return targets
+
+
+def _unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
+    """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense."""
+    unreached = {name for name in targets if statistics is not None and not statistics.reach(name)}
+    if unreached == targets.keys():
+        raise LowRankError(
+            "by the statistics no sample's loss depends on any targeted layer; a loss that compares the samples of a "
+            "batch (a contrastive one) is constant for a single sample: measure them with another head or task"
+        )
+    return unreached
+
+
+def _replace_layers(
+    model: PreTrainedModel,
+    solver: LayerSolver,
+    ranks: Ranks,
+    config: CompressionConfig,
+    progress: bool,
+    work: Work | None,
+) -> dict[str, LayerReport]:
+    """Put factors in the place of every layer that has a rank; each process solves its share."""
+    targets = solver.targets
     layers = {name: solver.dense(name) for name, rank in ranks.items() if rank is None}
-    layers |= {n: replace(layer, note="no sample reached it") for n, layer in layers.items() if n in unreached}
     costs = {name: estimated_cost(weight_shape(targets[name])) for name in ranks if name not in layers}
 
     def solve(name: str) -> Result:
@@ -166,14 +197,7 @@ def compress(
         for name, layer in low_rank_model.factorized_layers().items():
             if name in costs:
                 layers[name] = replace(layers[name], parameters_after=layer.num_parameters())
-    described = {}
-    if statistics is not None and config.needs:
-        described = {"samples": statistics.samples, "origin": statistics.origin}
-    seconds = time.perf_counter() - started
-    ordered = tuple(layers[name] for name in ranks)
-    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, ordered, described)
-    model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
-    return model, report
+    return layers
 
 
 def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Callable[[str], Tensor]:
