@@ -15,8 +15,8 @@ from benchmarks.fisher import train_pass
 from benchmarks.harness import Options, Result, Row, Spread, alternate, ratio
 from benchmarks.models import random_importance, random_weight
 from hf_lowrank.calibration import calibration_loader
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.loading import load_model
-from hf_lowrank.modeling_lowrank import dense_weight
 from hf_lowrank.solvers.elementwise import FLOOR, ElementWise
 from hf_lowrank.solvers.optimizers import OPTIMIZERS, Solution
 from hf_lowrank.statistics import Statistics, compute_fisher

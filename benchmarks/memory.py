@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.harness import Options, Result, Row
 from benchmarks.models import random_bert, random_importance
 from hf_lowrank import CompressionConfig, Statistics, compress
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics.container import digest
 from hf_lowrank.targets import find_targets, weight_shape

@@ -8,7 +8,8 @@ from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.configuration_lowrank import LowRankConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.hub import push_folder
-from hf_lowrank.modeling_lowrank import LowRankLinear, register
+from hf_lowrank.layers_lowrank import LowRankLinear
+from hf_lowrank.modeling_lowrank import register
 from hf_lowrank.report import CompressionReport
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.statistics import Statistics, compute_fisher, compute_statistics

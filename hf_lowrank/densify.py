@@ -15,7 +15,8 @@ from hf_lowrank.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.files import atomic_folder, refuse_existing
 from hf_lowrank.folders import load_low_rank
-from hf_lowrank.modeling_lowrank import LowRankLayer, LowRankLinear, LowRankMixin
+from hf_lowrank.layers_lowrank import LowRankLayer, LowRankLinear
+from hf_lowrank.modeling_lowrank import LowRankMixin
 
 OURS = {
     *SOURCE_FILES,

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.modeling_lowrank import FORMS, LowRankLinear, LowRankMixin, replace_module
+from hf_lowrank.layers_lowrank import FORMS, LowRankLinear
+from hf_lowrank.modeling_lowrank import LowRankMixin, replace_module
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.interpolative import interpolative
 

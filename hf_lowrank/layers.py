@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.allocation import parameters
-from hf_lowrank.modeling_lowrank import LowRankLayer, layer_class_for
+from hf_lowrank.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.report import LayerReport
 from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
 from hf_lowrank.statistics import Statistics

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.modeling_lowrank import dense_weight, tied_layers
+from hf_lowrank.layers_lowrank import dense_weight
+from hf_lowrank.modeling_lowrank import tied_layers
 from hf_lowrank.weights import whole_weight
 
 PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, in transformers: they only round in another order

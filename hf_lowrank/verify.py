@@ -13,7 +13,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.files import sha256_of
 from hf_lowrank.fingerprint import probe_output, sample
 from hf_lowrank.folders import load_low_rank, load_whole, low_rank_class, read_low_rank_config
-from hf_lowrank.modeling_lowrank import LowRankLayer, LowRankMixin, dense_weight
+from hf_lowrank.layers_lowrank import LowRankLayer, dense_weight
+from hf_lowrank.modeling_lowrank import LowRankMixin
 from hf_lowrank.saving import read_record
 
 PASS, FAIL, SKIP, INFO = "PASS", "FAIL", "SKIP", "INFO"  # the last one is measured and not judged

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.modeling_lowrank import dense_weight, layer_class_for
+from hf_lowrank.layers_lowrank import dense_weight, layer_class_for
 
 
 def unwrapped(model: Any) -> Any:

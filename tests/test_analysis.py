@@ -45,7 +45,7 @@ from hf_lowrank.analysis.study import Study
 from hf_lowrank.analysis.truncation import directions, group_slice, truncate_groups
 from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.evaluate import Predictions, evaluate_splits
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
 from hf_lowrank.targets import find_targets
 from hf_lowrank.tasks import TASKS, load_validation

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks import architectures, coverage
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_fisher, compute_statistics
-from hf_lowrank.modeling_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
 from hf_lowrank.targets import find_targets
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

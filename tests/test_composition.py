@@ -14,7 +14,8 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_lowrank.forms import to_form
-from hf_lowrank.modeling_lowrank import LowRankEmbedding, LowRankLinear, dense_weight, replace_module
+from hf_lowrank.layers_lowrank import LowRankEmbedding, LowRankLinear, dense_weight
+from hf_lowrank.modeling_lowrank import replace_module
 from tests.helpers import HIDDEN, RANK, WIDE, factorize, outputs, tiny_bert, tiny_llama, token_ids, truncated_svd
 
 

@@ -20,7 +20,7 @@ from hf_lowrank import (
     compute_fisher,
 )
 from hf_lowrank.allocation import uniform_ranks
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.targets import factorizable_linears, find_targets, weight_shape
 from tests.helpers import outputs, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 

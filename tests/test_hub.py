@@ -29,6 +29,7 @@ PUBLISHED = {
     "compression.json",
     "config.json",
     "configuration_lowrank.py",
+    "layers_lowrank.py",
     "model.safetensors",
     "modeling_lowrank.py",
     "ranks.png",
@@ -373,7 +374,7 @@ def test_a_newer_format_is_refused_in_words(bare: Client, client: Client) -> Non
         "from huggingface_hub import HfApi\n"
         "HfApi().create_repo('alice/newer'); HfApi().upload_file(path_or_fileobj=path, path_in_repo='config.json', "
         "repo_id='alice/newer')\n"
-        "for name in ('configuration_lowrank.py', 'modeling_lowrank.py', 'model.safetensors'):\n"
+        "for name in ('configuration_lowrank.py', 'layers_lowrank.py', 'modeling_lowrank.py', 'model.safetensors'):\n"
         "    HfApi().upload_file(path_or_fileobj=f'newer/{name}', path_in_repo=name, repo_id='alice/newer')"
     )
     for one, flag in ((client, ""), (bare, ", trust_remote_code=True")):

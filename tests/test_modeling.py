@@ -34,7 +34,8 @@ from transformers.pytorch_utils import Conv1D
 import hf_lowrank.configuration_lowrank as configuration
 import hf_lowrank.modeling_lowrank as modeling
 from hf_lowrank.configuration_lowrank import LowRankConfig, config_class_for
-from hf_lowrank.modeling_lowrank import LowRankLinear, dense_weight, replace_module, to_low_rank_class
+from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
 from tests.helpers import (
     HIDDEN,
     RANK,
@@ -275,7 +276,7 @@ def test_what_was_loaded_saves_the_same_files_again(folder: Path, tmp_path: Path
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     assert to_low_rank_class(loaded) is loaded
     loaded.save_pretrained(tmp_path / "again")
-    for name in ("config.json", "model.safetensors", "modeling_lowrank.py", "configuration_lowrank.py"):
+    for name in ("config.json", "model.safetensors", *configuration.SOURCE_FILES):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 

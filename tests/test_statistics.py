@@ -11,7 +11,7 @@ from transformers import BertForTokenClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statistics
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.statistics import collect
 from hf_lowrank.statistics.kinds import add_fisher, add_fisher_rows
 from hf_lowrank.statistics.losses import own_loss, sample_losses

@@ -12,7 +12,7 @@ from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, lay
 from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.targets import weight_shape
 
 Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank

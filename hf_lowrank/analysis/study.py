@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_lowrank.analysis.evaluator import Evaluator, Measurement
 from hf_lowrank.analysis.inplace import replaced_weights
 from hf_lowrank.analysis.journal import Journal
-from hf_lowrank.modeling_lowrank import dense_weight
+from hf_lowrank.layers_lowrank import dense_weight
 from hf_lowrank.solvers import Objective, get_method
 from hf_lowrank.statistics import Statistics
 

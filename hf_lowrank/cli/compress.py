@@ -52,8 +52,8 @@ from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_
 from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.evaluate import evaluate
 from hf_lowrank.hub import push_folder, refuse_without_token
+from hf_lowrank.layers_lowrank import FORMS
 from hf_lowrank.loading import load_model, stored_dtype
-from hf_lowrank.modeling_lowrank import FORMS
 from hf_lowrank.saving import add_facts, save_compressed
 from hf_lowrank.solvers import OPTIMIZERS
 from hf_lowrank.statistics import Statistics, compute_statistics
