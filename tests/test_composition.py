@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, QuantoConfig
 
 from hf_lowrank.forms import to_form
 from hf_lowrank.layers_lowrank import LowRankEmbedding, LowRankLinear, dense_weight
@@ -141,13 +141,29 @@ def test_torchao_quantizes_the_factors_after_and_at_loading(made: tuple[Any, Any
 
 def test_quanto_quantizes_the_factors_after_and_at_loading(made: tuple[Any, Any], tmp_path: Path) -> None:
     quanto = pytest.importorskip("optimum.quanto")
-    model, _ = made
+    model, auto_class = made
+    model.save_pretrained(tmp_path)
     expected = outputs(model)
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
-    layer = next(module for module in model.modules() if isinstance(module, LowRankLinear))
-    assert all(isinstance(factor, quanto.QLinear) for factor in layer.linear_factors())
-    torch.testing.assert_close(outputs(model), expected, rtol=5e-2, atol=5e-2)
+    loaded = auto_class.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8"))
+    for quantized in (model, loaded):
+        layer = next(module for module in quantized.modules() if isinstance(module, LowRankLinear))
+        assert all(isinstance(factor, quanto.QLinear) for factor in layer.linear_factors())
+        torch.testing.assert_close(outputs(quantized), expected, rtol=5e-2, atol=5e-2)
+
+
+def test_bitsandbytes_quantizes_the_factors_at_loading(made: tuple[Any, Any], tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, auto_class = made
+    model.save_pretrained(tmp_path / "plain")
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    loaded = auto_class.from_pretrained(tmp_path / "plain", quantization_config=config)
+    layer = next(module for module in loaded.modules() if isinstance(module, LowRankLinear))
+    assert all(isinstance(factor, bitsandbytes.nn.Linear8bitLt) for factor in layer.linear_factors())
+    torch.testing.assert_close(outputs(loaded), outputs(model), rtol=5e-2, atol=5e-2)
+    loaded.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(outputs(auto_class.from_pretrained(tmp_path / "quantized")), outputs(loaded))
 
 
 # FSDP
