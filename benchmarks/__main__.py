@@ -10,11 +10,16 @@ import torch
 from datasets.utils.logging import disable_progress_bar
 
 from benchmarks import (
+    attention,
     calibration,
+    compiled,
     convergence,
+    convolutions,
     coverage,
+    experts,
     fisher,
     layer,
+    loading,
     memory,
     model_speed,
     profile_compress,
@@ -30,15 +35,20 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "truncated_svd": truncated_svd.run,
     "layer": layer.run,
     "model_speed": model_speed.run,
+    "compiled": compiled.run,
+    "loading": loading.run,
     "profile": profile_compress.run,
     "memory": memory.run,
     "scaling": scaling.run,
     "calibration": calibration.run,
+    "attention": attention.run,
     "convergence": convergence.run,
     "coverage": coverage.run,
+    "convolutions": convolutions.run,
+    "experts": experts.run,
 }
 
-NEED_MODEL = ("calibration", "profile")
+NEED_MODEL = ("attention", "calibration", "profile")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -47,12 +57,17 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   truncated_svd  the closed form's SVD against those of PyTorch                            under a minute
   layer          LowRankLinear against nn.Linear                                           under a minute
   model_speed    low-rank MiniLM and BERT-base shapes against the dense ones               about 3 minutes
+  compiled       blocks of BERT-base by torch.compile and with packed weights              about 5 minutes
+  loading        loading low-rank and dense BERT-base shapes, and their first outputs      under a minute
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   scaling        two processes against one                                                 about 2 minutes
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
+  attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
-  coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: hours
+  coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
+  convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
+  experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
 Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.

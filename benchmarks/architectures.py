@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.experts_lowrank import is_stacked, unstacked_names
 from hf_lowrank.progress import bar
 from hf_lowrank.targets import find_targets
 
@@ -25,7 +26,7 @@ Written by `python -m benchmarks coverage --all`: transformers {version}, {class
 ## What is factorized, and what is not
 
 By default every `nn.Linear` and `Conv1D` inside a block (an entry of an `nn.ModuleList`) is factorized. `--include`
-chooses linears and embeddings by name instead; `--exclude` takes some away.
+chooses linears, embeddings and convolutions by name instead; `--exclude` takes some away.
 
 | family | factorized by default | left dense, and why |
 |---|---|---|
@@ -38,18 +39,26 @@ fused qkv, o, gate, up, down | `lm_head`; where it is tied to the embedding, bot
 | GPT-2 | its `Conv1D` layers, whose weight is stored transposed | as above |
 | encoder–decoders: T5, BART, Whisper | self- and cross-attention, feed-forward of both stacks | the shared embedding \
 (by `--include shared`) |
-| vision: ViT, CLIP | the linears of the blocks | patch embeddings are convolutions; projections and heads lie outside |
-| speech: wav2vec 2.0, HuBERT, Whisper | the linears of the blocks | the convolutional feature encoder |
+| vision: ViT, CLIP | the linears of the blocks | patch embeddings, which are convolutions (by `--include \
+patch_embeddings.projection`, `patch_embedding`); projections and heads lie outside |
+| speech: wav2vec 2.0, HuBERT, Whisper | the linears of the blocks | the convolutions of the feature encoder (by \
+`--include "conv_layers.*.conv"`, `conv1`); the one of positions is grouped and has a weight norm |
 | multimodal: LLaVA and its kin | the blocks of every tower | the projector, unless it is a list of layers |
-| mixtures of experts | attention, shared experts, experts that are linears of their own | experts stored as one 3-D \
-parameter; routers, which are classes of their own. An expert that no sample reached has no statistics: it stays \
-dense, and the report says so |
+| mixtures of experts | attention, shared experts, experts that are linears of their own, and every projection of \
+every expert of those that transformers stacks in 3-D parameters and decorates by `use_experts_implementation`, as \
+layers such as `experts.gate_up_proj.3` | the experts of DBRX, JetMoE, Llama 4, LongCat-Flash and Step 3.7 and the \
+shared ones of Inkling, which are not decorated; routers, which are classes of their own. An expert that no sample \
+reached has no statistics: it stays dense, and the report says so |
 | state space: Mamba, Jamba | in, x and out projections | `dt_proj`, where its weight is read instead of the layer \
 called: no statistics, so it stays dense (`svd`, which needs none, does factorize it) |
-| convolutional networks: ResNet, BiT, DAC | nothing | they have no linear layer in a block |
+| convolutional networks: ResNet, RegNet, DAC; ConvNeXt | nothing, they have no linear layer in a block; the pointwise \
+linears | convolutions (by `--include convolution`, `conv1`, `downsampling_layer.1`); measure the running statistics \
+of batch normalization again afterwards. Those of BiT are a class of their own |
 
 Never factorized: a subclass of `nn.Linear` that modelling code made its own (inside `nn.MultiheadAttention`, routers),
-since it may use its weight in its own way; a weight tied to something else than an embedding.
+since it may use its weight in its own way; a weight tied to something else than an embedding; convolutions that are
+transposed, grouped (depthwise) or under a weight norm. A convolution is a linear layer on patches, of a weight
+[out, in · k] for kernels of k elements: it becomes one to r channels, of the same kernel, and one of kernel size 1.
 
 Modelling code that reads `layer.weight` of a factorized layer gets the product of the factors, formed when its values
 are used. Contrastive losses (CLIP's own) compare the samples of a batch, so that a single sample's loss, which all
@@ -118,20 +127,22 @@ def _shares(heads: Sequence[Record]) -> list[str]:
 def parameters_by_kind(model: Any) -> dict[str, int]:
     """How many parameters of a model are of each of `KINDS`; shared ones are counted once."""
     try:
-        targets = set(find_targets(model).values())
+        targets = find_targets(model)
     except LowRankError:  # there are none
-        targets = set()
+        targets = {}
+    stacked = unstacked_names(model)
+    targeted = {stacked.get(name, module) for name, module in targets.items()}
     counts, seen = dict.fromkeys(KINDS, 0), set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                counts[_kind(module, parameter, module in targets)] += parameter.numel()
+                counts[_kind(module, parameter, module in targeted)] += parameter.numel()
     return counts
 
 
 def _kind(module: nn.Module, parameter: nn.Parameter, targeted: bool) -> str:
-    if targeted and parameter.ndim == 2:
+    if targeted and parameter.ndim == (3 if is_stacked(module) else 2):
         return "linears of blocks"
     if isinstance(module, nn.Embedding):
         return "embeddings"

@@ -72,7 +72,7 @@ class _Study:
         """The score of each studied method with these statistics."""
         row = {"statistics": setting}
         for name, allocation, ratio in STUDIED:
-            config = CompressionConfig(name, ratio, allocation)
+            config = CompressionConfig(name, ratio, allocation, align=1)
             low_rank, _ = compress(copy.deepcopy(self.model), config, statistics, progress=False)
             row[f"{name}, {allocation}, {ratio:.0%}"] = f"{self._score(low_rank):.2f}"
         return row

@@ -38,7 +38,7 @@ def run(options: Options) -> Result:
 
 def _measure(name: str, layers: int, hidden: int, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     dense = random_bert(layers, hidden)
-    models = {"dense": dense, "as it comes": _low_rank(dense, 1), "aligned": _low_rank(dense, ALIGN)}
+    models = {"dense": dense, "as it comes": low_rank_copy(dense, 1), "aligned": low_rank_copy(dense, ALIGN)}
     ids = torch.randint(1000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     calls = {which: _call(model, ids) for which, model in models.items()}
     counts = {which: operations(call) for which, call in calls.items()}
@@ -67,7 +67,7 @@ def _call(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
     return lambda: model(input_ids=ids, attention_mask=mask)
 
 
-def _low_rank(dense: PreTrainedModel, align: int) -> PreTrainedModel:
+def low_rank_copy(dense: PreTrainedModel, align: int) -> PreTrainedModel:
     """A copy with all linears of the blocks at `RANK_RATIO`, rounded to a multiple of `align`; random factors."""
     model = to_low_rank_class(copy.deepcopy(dense))
     for name, linear in find_targets(model).items():

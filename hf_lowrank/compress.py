@@ -15,7 +15,8 @@ from hf_lowrank.distributed import Result, divided, estimated_cost, on_main
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.forms import check_form, to_form
 from hf_lowrank.layers import LayerSolver
-from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.modeling_lowrank import replace_module, restack_experts, to_low_rank_class
 from hf_lowrank.progress import bar
 from hf_lowrank.report import CompressionReport, LayerReport
 from hf_lowrank.solvers import METHODS, get_method, get_optimizer
@@ -31,9 +32,10 @@ class CompressionConfig:
     """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
 
     The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
-    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, `floor` and
-    `cap` bound the ranks (see `Spread`). `optimizer` is one of `OPTIMIZERS`, for methods that iterate. `include` and
-    `exclude` are name patterns (see `find_targets`). `form` is "factors" or "interpolative" (see `to_form`).
+    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, by
+    default 8 where that is faster, `floor` and `cap` bound the ranks (see `Spread`). `optimizer` is one of
+    `OPTIMIZERS`, for methods that iterate. `include` and `exclude` are name patterns (see `find_targets`). `form` is
+    "factors" or "interpolative" (see `to_form`).
 
     Raises:
         LowRankError: an unknown name, a value out of range, or several budgets.
@@ -49,7 +51,7 @@ class CompressionConfig:
     params: float | str | None = None
     flops: float | str | None = None
     latency: float | None = None
-    align: int = 1
+    align: int | None = None
     floor: float = 0.0
     cap: float | None = None
     optimizer: str | None = None
@@ -119,11 +121,11 @@ def compress(
     targets = _checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
     before, started = model.num_parameters(), time.perf_counter()
-    unreached = _unreached(targets, statistics)
+    left = unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
 
     def decide() -> Ranks:
-        weighed = {name: module for name, module in targets.items() if name not in unreached}
+        weighed = {name: module for name, module in targets.items() if name not in left}
         return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form)
 
     decided = _decided(decide, work)
@@ -133,7 +135,7 @@ def compress(
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
     layers = _replace_layers(model, solver, ranks, config, progress, work)
-    layers |= {name: replace(layers[name], note="no sample reached it") for name in unreached}
+    layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
     described = {}
     if statistics is not None and config.needs:
         described = {"samples": statistics.samples, "origin": statistics.origin}
@@ -152,20 +154,22 @@ def _checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[
         )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
-    if config.form != "factors" and any(isinstance(module, nn.Embedding) for module in targets.values()):
-        raise LowRankError(f"the {config.form} form is for linear layers: compress embeddings in a step of their own")
+    if config.form != "factors" and any(isinstance(m, (nn.Embedding, *CONVOLUTIONS)) for m in targets.values()):
+        raise LowRankError(
+            f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
+        )
     return targets
 
 
-def _unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
+def unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
     """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense."""
-    unreached = {name for name in targets if statistics is not None and not statistics.reach(name)}
-    if unreached == targets.keys():
+    found = {name for name in targets if statistics is not None and not statistics.reach(name)}
+    if found == targets.keys():
         raise LowRankError(
             "by the statistics no sample's loss depends on any targeted layer; a loss that compares the samples of a "
             "batch (a contrastive one) is constant for a single sample: measure them with another head or task"
         )
-    return unreached
+    return found
 
 
 def _replace_layers(
@@ -191,6 +195,7 @@ def _replace_layers(
             replace_module(model, name, placed_like(targets.pop(name), factors))  # and the dense layer can be freed
             layers[name] = LayerReport.from_dict(facts)
             shown.update()
+    restack_experts(model)
     if config.form != "factors":
         to_form(model, config.form)
         low_rank_model: Any = model

@@ -15,8 +15,8 @@ from hf_lowrank.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.files import atomic_folder, refuse_existing
 from hf_lowrank.folders import load_low_rank
-from hf_lowrank.layers_lowrank import LowRankLayer, LowRankLinear
-from hf_lowrank.modeling_lowrank import LowRankMixin
+from hf_lowrank.layers_lowrank import CONVOLUTIONS, LowRankConv, LowRankLayer, LowRankLinear, as_stored
+from hf_lowrank.modeling_lowrank import LowRankMixin, restack_experts, unstack_experts
 
 OURS = {
     *SOURCE_FILES,
@@ -31,9 +31,9 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json",
 def densify(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a low-rank model, in place, into one of its base class, and return it.
 
-    Every factorized layer becomes the nn.Linear (Conv1D, nn.Embedding) that it was, with the product of the factors as
-    weight, formed in float32 and stored in the factors' dtype; shared layers stay shared, tied weights tied. One layer
-    at a time is held twice.
+    Every factorized layer becomes the nn.Linear (Conv1D, nn.Embedding, nn.Conv2d) that it was, with the product of the
+    factors as weight, formed in float32 and stored in the factors' dtype; shared layers stay shared, tied weights tied.
+    One layer at a time is held twice.
 
     Raises:
         LowRankError: the model is not low-rank, or its factors are quantized or wrapped by an adapter.
@@ -50,6 +50,7 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
             done[id(layer)] = _dense_layer(layer, like=base_layers[name])
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, done[id(layer)])
+    restack_experts(model)
     _to_base_classes(model)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
@@ -84,23 +85,26 @@ def _dense_layer(layer: LowRankLayer, like: nn.Module) -> nn.Module:
     with torch.device("meta"):
         if isinstance(like, nn.Embedding):
             dense: nn.Module = nn.Embedding(layer.in_features, layer.out_features, like.padding_idx)
+        elif isinstance(like, CONVOLUTIONS):
+            dense = copy.deepcopy(like)
         elif isinstance(like, Conv1D):
             dense = Conv1D(layer.out_features, layer.in_features)
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
-    stored = weight if isinstance(like, nn.Linear) else weight.T
-    dense.weight = nn.Parameter(stored.contiguous(), requires_grad=up.requires_grad)
+    dense.weight = nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=up.requires_grad)
     if bias is not None:
         dense.bias = bias
     return dense.train(layer.training)
 
 
 def _skeleton(model: LowRankMixin) -> nn.Module:
-    """The base model without weights: it knows which layers are Conv1D."""
+    """The base model without weights: it knows which layers are Conv1D. Factorized experts are layers of their own."""
     config = copy.deepcopy(model.config)
     _to_base_config(config)
     with torch.device("meta"):
-        return model.base_model_class(config)
+        skeleton = model.base_model_class(config)
+    unstack_experts(skeleton, model.lowrank_ranks)
+    return skeleton
 
 
 def _to_base_classes(model: PreTrainedModel) -> None:
@@ -124,10 +128,11 @@ def _to_base_config(config: Any) -> None:
 
 
 def _refuse_wrapped_factors(model: nn.Module) -> None:
+    factor: Any
     for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLinear):
+        if isinstance(layer, (LowRankLinear, LowRankConv)):
             for factor in layer.linear_factors():
-                if type(factor) is not nn.Linear or not factor.weight.is_floating_point():
+                if type(factor) not in (nn.Linear, *CONVOLUTIONS) or not factor.weight.is_floating_point():
                     raise LowRankError(
                         f"{name} has a factor of the kind {type(factor).__name__}, quantized or wrapped: densify a "
                         "model before quantizing it, and after merging its adapters"

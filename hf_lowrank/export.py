@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.experts_lowrank import UnstackedExperts
 from hf_lowrank.folders import load_low_rank
 
 TOLERANCE = 1e-3  # of outputs, relative to their norm
@@ -51,8 +52,8 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
     computes what the model does.
 
     Raises:
-        LowRankError: the extra "export" is not installed, an encoder-decoder, a graph beyond one file's 2 GB, or
-            outputs that differ.
+        LowRankError: the extra "export" is not installed, an encoder-decoder, factorized experts, a graph beyond one
+            file's 2 GB, or outputs that differ.
     """
     _require_packages()
     output = Path(output)
@@ -63,6 +64,11 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
         raise LowRankError(
             f"{type(model).__name__} has an encoder and a decoder, which are two graphs: densify it "
             "and export it with optimum"
+        )
+    if any(isinstance(module, UnstackedExperts) for module in model.modules()):
+        raise LowRankError(
+            f"{type(model).__name__} has experts with layers of their own, and which of them a token reaches is no "
+            "fixed graph: densify it, or compress it without its experts"
         )
     if sum(parameter.nbytes for parameter in model.parameters()) > 1.9e9:
         raise LowRankError(f"{folder} is larger than the 2 GB that an ONNX file holds")

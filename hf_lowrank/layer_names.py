@@ -24,3 +24,23 @@ def place_of(name: str) -> Place:
     if at is None:
         return Place(None, (), name)
     return Place(int(parts[at]), tuple(parts[:at]), ".".join(parts[at + 1 :]))
+
+
+def kind_of(name: str) -> str:
+    """What a layer is called within its block, all experts alike.
+
+    >>> kind_of("model.layers.0.mlp.experts.down_proj.3")
+    'mlp.experts.down_proj'
+    """
+    within = place_of(name).within
+    return within.rpartition(".")[0] if is_expert_layer(within) else within
+
+
+def is_expert_layer(name: str) -> bool:
+    """Whether it is a layer of experts whose weights are, or were, stacked in 3-D parameters.
+
+    >>> is_expert_layer("model.layers.0.mlp.experts.down_proj.3"), is_expert_layer("model.layers.0.mlp.down_proj")
+    (True, False)
+    """
+    projection, _, number = name.rpartition(".")
+    return number.isdigit() and projection.endswith((".gate_up_proj", ".up_proj", ".down_proj"))

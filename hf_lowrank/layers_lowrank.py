@@ -1,10 +1,11 @@
-"""The layers of low-rank models: what takes the place of a linear layer, an embedding, or a head tied to one.
+"""The layers of low-rank models: what takes the place of a linear layer, a convolution, an embedding, or its tied head.
 
 This file travels with saved checkpoints as remote code: it imports nothing but torch and transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LowRankLayer(nn.Module):
@@ -41,10 +44,25 @@ class LowRankLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return self.up(self.down(input))
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the dense layer stores it, for modelling code that reads `layer.weight`.
+
+        Its dtype, device and shape, which is what nearly all of that code asks for, are free; the factors are
+        multiplied when its values are used. Writing into it changes nothing.
+        """
+        if torch.compiler.is_compiling():
+            return self._as_stored(self.product())  # the compiler drops a product whose values are not used
+        return _UnformedProduct.of(self)
+
     def product(self) -> Tensor:
         """`up` times `down` [out, in], formed now."""
         up, down = self.matrices()
         return up @ down
+
+    def _as_stored(self, product: Tensor) -> Tensor:
+        """A view of the weight [out, in] in the shape in which the dense layer stores it."""
+        return product
 
     def linear_factors(self) -> tuple[nn.Module, nn.Module]:
         """The two layers that hold the parameters: the one next to the output first."""
@@ -65,6 +83,14 @@ class LowRankLayer(nn.Module):
             raise ValueError(
                 f"rank {self.rank} for {kind} of {self.in_features} inputs and {self.out_features} outputs: "
                 f"it must lie between 1 and {most}"
+            )
+
+    def _check_factors(self, kind: str, up: Tensor, down: Tensor) -> None:
+        found, expected = (up.shape, down.shape), ((self.out_features, self.rank), (self.rank, self.in_features))
+        if found != expected:
+            raise ValueError(
+                f"`up` and `down` have the shapes {list(map(list, found))}; {kind} of {self.in_features} inputs and "
+                f"{self.out_features} outputs takes {list(map(list, expected))}"
             )
 
 
@@ -125,12 +151,7 @@ class LowRankLinear(LowRankLayer):
             ValueError: factors that do not fit each other or `linear`.
         """
         layer = cls._like(linear, up.shape[-1], "meta")  # shapes only: initializing what is overwritten takes time
-        found, expected = (up.shape, down.shape), ((layer.out_features, layer.rank), (layer.rank, layer.in_features))
-        if found != expected:
-            raise ValueError(
-                f"`up` and `down` have the shapes {list(map(list, found))}; a linear layer of {layer.in_features} "
-                f"inputs and {layer.out_features} outputs takes {list(map(list, expected))}"
-            )
+        layer._check_factors("a linear layer", up, down)
         weight, bias = _stored_weight(linear), linear.bias
         layer.up.weight = _parameter_like(up, weight)
         layer._set_down(down, weight)
@@ -140,17 +161,6 @@ class LowRankLinear(LowRankLayer):
 
     def _set_down(self, down: Tensor, like: Tensor) -> None:
         self.down.weight = _parameter_like(down, like)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight [out, in], for modelling code that reads `linear.weight`.
-
-        Its dtype, device and shape, which is what nearly all of that code asks for, are free; the factors are
-        multiplied when its values are used. Writing into it changes nothing.
-        """
-        if torch.compiler.is_compiling():
-            return self.product()  # the compiler drops a product whose values are not used
-        return _UnformedProduct.of(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -237,6 +247,70 @@ class InterpolativeLinear(LowRankLinear):
 FORMS: dict[str, type[LowRankLinear]] = {one.form: one for one in (LowRankLinear, InterpolativeLinear)}
 
 
+class LowRankConv(LowRankLayer):
+    """up(down(x)): a convolution to r channels and one of kernel size 1, real nn.Conv1d, nn.Conv2d or nn.Conv3d both.
+
+    A convolution is a linear layer on patches: its weight [out, in, *kernel] is seen as a matrix [out, in · k], k being
+    the product of the kernel sizes. It is the scheme of Zhang, Zou, He & Sun (2016, "Accelerating Very Deep
+    Convolutional Networks for Classification and Detection"), which factorizes over the output channels.
+
+    Raises:
+        ValueError: the convolution is grouped or no plain one, or the rank does not fit it.
+    """
+
+    def __init__(self, conv: nn.Module, rank: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if not isinstance(conv, CONVOLUTIONS) or type(conv) not in CONVOLUTIONS or conv.groups != 1:
+            raise ValueError(f"{conv} cannot be factorized: only plain convolutions without groups can")
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups, self.padding_mode = conv.dilation, conv.groups, conv.padding_mode
+        self.in_features, self.out_features = math.prod((conv.in_channels, *conv.kernel_size)), conv.out_channels
+        self.rank = rank
+        self._check_rank("a convolution")
+        kind, options = type(conv), {"device": device, "dtype": conv.weight.dtype}
+        geometry: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
+        geometry |= {"padding_mode": conv.padding_mode, "bias": False}
+        self.down = kind(conv.in_channels, rank, conv.kernel_size, **geometry, **options)  # type: ignore[arg-type]
+        self.up = kind(rank, conv.out_channels, 1, bias=conv.bias is not None, **options)  # type: ignore[arg-type]
+        self.train(conv.training)
+
+    @classmethod
+    def like(cls, module: nn.Module, rank: int) -> LowRankConv:
+        """An empty layer with the shape, geometry, bias, device, dtype and training mode of a convolution."""
+        return cls(module, rank, _stored_weight(module).device)
+
+    @classmethod
+    def from_factors(cls, conv: nn.Module, up: Tensor, down: Tensor) -> LowRankConv:
+        """The layer with the weight `up` [out, r] @ `down` [r, in · k] and the bias of a convolution.
+
+        Raises:
+            ValueError: factors that do not fit each other or `conv`.
+        """
+        layer, weight = cls(conv, up.shape[-1], "meta"), _stored_weight(conv)
+        layer._check_factors("a convolution", up, down)
+        layer.up.weight = _parameter_like(up.reshape(layer.up.weight.shape), weight)
+        layer.down.weight = _parameter_like(down.reshape(layer.down.weight.shape), weight)
+        if isinstance(bias := conv.bias, Tensor):
+            layer.up.bias = _parameter_like(bias, bias)
+        return layer
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        if not all(isinstance(factor, CONVOLUTIONS) for factor in self.linear_factors()):
+            raise ValueError("the factors of a convolution are wrapped: merge its adapters before its weight is read")
+        return self.up.weight.flatten(1), self.down.weight.flatten(1)
+
+    def _as_stored(self, product: Tensor) -> Tensor:
+        return product.unflatten(1, (self.in_channels, *self.kernel_size))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
+
+
 class LowRankEmbedding(LowRankLayer):
     """up(down(tokens)): vectors of width r are looked up and then widened.
 
@@ -280,10 +354,8 @@ class LowRankEmbedding(LowRankLayer):
         layer.down.weight = _parameter_like(down.T, weight)
         return layer
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight [tokens, width], multiplied when its values are used (see `LowRankLinear.weight`)."""
-        return self.product().mT if torch.compiler.is_compiling() else _UnformedProduct.of(self)
+    def _as_stored(self, product: Tensor) -> Tensor:
+        return product.mT  # [tokens, width]
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         return self.up.weight, self.down.weight.T
@@ -310,11 +382,6 @@ class LowRankTiedHead(LowRankLayer):
         head.up = _SharedLinear(rank, head.out_features, **options)
         head.up.bias = module.bias
         return head.train(module.training)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight [tokens, width], multiplied when its values are used (see `LowRankLinear.weight`)."""
-        return self.product() if torch.compiler.is_compiling() else _UnformedProduct.of(self)
 
     @property
     def bias(self) -> Tensor | None:
@@ -345,6 +412,8 @@ class _SharedLinear(nn.Module):
 
 def layer_class_for(module: nn.Module, form: str = LowRankLinear.form) -> type[LowRankLayer]:
     """The class of layer that takes the place of a module."""
+    if isinstance(module, CONVOLUTIONS):
+        return LowRankConv
     return LowRankEmbedding if isinstance(module, nn.Embedding) else FORMS[form]
 
 
@@ -358,11 +427,9 @@ class _UnformedProduct(Tensor):
     def of(layer: LowRankLayer) -> _UnformedProduct:
         # Its memory is that of the factor which a tied layer has too: their pointers say whether they are still tied.
         factor = layer.down.weight if isinstance(layer, LowRankEmbedding) else layer.up.weight
-        plain = type(factor) is nn.Parameter
-        one_element = factor.detach()[0, 0] if plain else torch.empty((), dtype=factor.dtype, device=factor.device)
-        shaped = one_element.expand(layer.out_features, layer.in_features)
-        if isinstance(layer, LowRankEmbedding):
-            shaped = shaped.mT  # as an embedding stores it
+        plain, one = type(factor) is nn.Parameter, (0,) * factor.ndim
+        one_element = factor.detach()[one] if plain else torch.empty((), dtype=factor.dtype, device=factor.device)
+        shaped = layer._as_stored(one_element.expand(layer.out_features, layer.in_features))
         unformed: _UnformedProduct = Tensor._make_subclass(_UnformedProduct, shaped)
         unformed._layer = layer
         unformed._is_hf_initialized = True  # keeps transformers' initialization off it: the factors are the parameters
@@ -381,10 +448,7 @@ class _UnformedProduct(Tensor):
 
 
 def _formed(value: Any) -> Any:
-    if not isinstance(value, _UnformedProduct):
-        return value
-    product = value._layer.product()
-    return product.mT if isinstance(value._layer, LowRankEmbedding) else product
+    return value._layer._as_stored(value._layer.product()) if isinstance(value, _UnformedProduct) else value
 
 
 _FREE_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "is_quantized")
@@ -399,15 +463,16 @@ def _is_plain(factor: nn.Module) -> bool:
 
 
 def _stored_weight(linear: nn.Module) -> Tensor:
-    """The weight as the layer stores it, [out, in] in nn.Linear and [in, out] in Conv1D and nn.Embedding.
+    """The weight as the layer stores it: [out, in], [in, out] in Conv1D and nn.Embedding, [out, in, *kernel].
 
     For a LowRankLinear one of its factors: its dtype, device and requires_grad are those of the layer.
     """
     if isinstance(linear, LowRankLinear):
         return linear.up.weight
-    if not isinstance(linear, (nn.Linear, Conv1D, nn.Embedding)):
+    if not isinstance(linear, (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)):
         raise ValueError(
-            f"{type(linear).__name__} is not a linear layer: only nn.Linear, Conv1D and nn.Embedding can be factorized"
+            f"{type(linear).__name__} is not a linear layer: only nn.Linear, Conv1D, nn.Embedding and nn.Conv1d, "
+            "nn.Conv2d and nn.Conv3d can be factorized"
         )
     return linear.weight
 
@@ -422,7 +487,7 @@ def _parameter_like(values: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear layer or its factors; an embedding's is [width, tokens].
+    """The weight [out, in] of a linear layer or its factors; [width, tokens] of an embedding, [out, in · k] of a conv.
 
     Raises:
         ValueError: another kind of module.
@@ -430,10 +495,19 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, LowRankLayer):
         return module.product()
     weight = _stored_weight(module)
+    if isinstance(module, CONVOLUTIONS):
+        return weight.flatten(1)
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
-_FACTOR_CLASSES = (nn.Linear, nn.Embedding, _SharedLinear)
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight [out, in], as `dense_weight` gives it, in the shape in which the dense layer `module` stores its own."""
+    if isinstance(module, CONVOLUTIONS):
+        return weight.reshape(module.weight.shape)
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+_FACTOR_CLASSES = (nn.Linear, nn.Embedding, _SharedLinear, *CONVOLUTIONS)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.experts_lowrank import unstacked_names
+from hf_lowrank.layers_lowrank import CONVOLUTIONS
 from hf_lowrank.loading import resolve
 from hf_lowrank.statistics.kinds import KINDS, passes, sum_shape
 from hf_lowrank.targets import find_targets, weight_shape
@@ -54,7 +56,8 @@ def estimate_memory(
     """What measuring `kinds` on batches of `tokens` and factorizing will take; the model may be on the meta device.
 
     An estimate: activations are taken as the inputs and outputs of the targeted layers twice over, and layers beside
-    each other with the same width as readers of one input.
+    each other with the same width as readers of one input. A convolution is taken to have as many positions as there
+    are tokens, and one at a time is cut into patches, in float32.
 
     Raises:
         LowRankError: as `find_targets`.
@@ -63,10 +66,13 @@ def estimate_memory(
     shapes = [weight_shape(module) for module in targets.values()]
     size = next(model.parameters()).element_size()
     vocabulary = getattr(model.get_output_embeddings(), "out_features", 0)
-    activations = tokens * (2 * size * sum(map(sum, shapes)) + 3 * 4 * vocabulary)
+    shares = _routed_shares(model)
+    width = sum(_width(module) * shares.get(name, 1.0) for name, module in targets.items())
+    activations = round(tokens * (2 * size * width + 3 * 4 * vocabulary))
+    patches = 4 * tokens * max((weight_shape(m)[1] for m in targets.values() if isinstance(m, CONVOLUTIONS)), default=0)
     gradient = 2 * 4 * max(map(prod, shapes)) if kinds else 0
     solving = max(factorization_bytes(weight_shape(m), isinstance(m, nn.Embedding)) for m in targets.values())
-    workspace = max(activations + gradient, solving)
+    workspace = max(activations + gradient + patches, solving)
     return MemoryEstimate(
         _bytes(model.parameters()) + _bytes(model.buffers()), statistics_bytes(targets, kinds), workspace
     )
@@ -79,10 +85,27 @@ def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int
         sums = {}
         for name, module in targets.items():
             _, in_features = weight_shape(module)
-            key = (name.rpartition(".")[0], in_features) if KINDS[kind].of_input else name
+            beside, _, last = name.rpartition(".")
+            may_share = KINDS[kind].of_input and not isinstance(module, CONVOLUTIONS)
+            key = (beside, in_features) if may_share and not last.isdigit() else name  # each expert has its own tokens
             sums[key] = 4 * prod(sum_shape(kind, module))
         total += sum(sums.values())
     return total
+
+
+def _routed_shares(model: PreTrainedModel) -> dict[str, float]:
+    """The share of the tokens that a layer of stacked experts sees, where the config says how many a token visits."""
+    visited = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return {
+        name: min(1.0, visited / experts.num_experts) if visited else 1.0
+        for name, experts in unstacked_names(model).items()
+    }
+
+
+def _width(module: nn.Module) -> int:
+    """The numbers that a layer reads and gives for one token or position."""
+    out_features, in_features = weight_shape(module)
+    return out_features + (module.in_channels if isinstance(module, CONVOLUTIONS) else in_features)
 
 
 def factorization_bytes(shape: tuple[int, int], embedding: bool = False) -> int:

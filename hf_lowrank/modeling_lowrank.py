@@ -1,4 +1,4 @@
-"""Low-rank models: any transformers model with some of its linear layers replaced by two thinner ones.
+"""Low-rank models: any transformers model with some of its layers replaced by two thinner ones.
 
 A low-rank BERT classifier is a `LowRankBertForSequenceClassification(BertForSequenceClassification)`. The class is
 made on demand; building it builds the base model and then swaps in the layers that `config.ranks` names. Under
@@ -6,7 +6,7 @@ made on demand; building it builds the base model and then swaps in the layers t
 with a device map.
 
 This file travels with saved checkpoints as remote code: it imports nothing but the standard library, torch,
-transformers with its huggingface_hub, and the files of the configuration and the layers next to it.
+transformers with its huggingface_hub, and the files of the configuration, the layers and the experts next to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,7 +55,9 @@ from .configuration_lowrank import (
     config_class_for,
     on_config_class_created,
 )
+from .experts_lowrank import UnstackedExperts, own_memory, projections, restack, unstacked_names
 from .layers_lowrank import (
+    CONVOLUTIONS,
     InterpolativeLinear,
     LowRankEmbedding,
     LowRankLayer,
@@ -80,13 +82,18 @@ else:
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in place of the module called `name`, under every name it is reached by (a shared module stays shared).
 
-    With an embedding, the layers whose weight is tied to its weight are replaced, and tied to its factors.
+    With an embedding, the layers whose weight is tied to its weight are replaced, and tied to its factors. Experts of
+    which it is a layer are unstacked first (see `unstack_experts`).
 
     `config.ranks` and `config.forms` of a low-rank model are kept up to date.
 
     Raises:
         ValueError: there is no such module, or its weight is tied to another one (the tie would be lost).
     """
+    if _submodule(model, name) is None:
+        unstack_experts(model, [name])
+    if _submodule(model, name) is not None and _replace_expert_layer(model, name, new):
+        return
     modules = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         raise ValueError(f"{type(model).__name__} has no module called {name!r}")
@@ -94,9 +101,21 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
         _replace_embedding(model, name, new)
     else:
         _refuse_tied(model, name)
-        _replace_by_identity(model, {modules[name]: new})
+        replace_by_identity(model, {modules[name]: new})
     if isinstance(model, LowRankMixin):
         model._describe_layers()
+
+
+def _replace_expert_layer(model: nn.Module, name: str, new: nn.Module) -> bool:
+    """Replace a layer of unstacked experts, if it is one, without a walk through the model: it may have thousands."""
+    prefix, *layer = name.rsplit(".", 2)
+    experts = _submodule(model, prefix)
+    if not isinstance(experts, UnstackedExperts) or len(layer) < 2 or layer[0] not in projections(experts):
+        return False
+    getattr(experts, layer[0])[int(layer[1])] = new
+    if isinstance(model, LowRankMixin):
+        model._describe_layer(name, new)
+    return True
 
 
 def _refuse_tied(model: nn.Module, name: str) -> None:
@@ -132,7 +151,7 @@ def _replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
             replacements[module] = LowRankTiedHead.like(module, new.rank)
         else:
             raise ValueError(f"{name} cannot be replaced: its weight is tied to a {type(module).__name__}, {other}")
-    _replace_by_identity(model, replacements)
+    replace_by_identity(model, replacements)
     for key in [key for key, source in ties.items() if source == f"{name}.weight"]:
         del ties[key]
     for other in tied:
@@ -147,7 +166,27 @@ def _replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
         model.tie_weights(recompute_mapping=False)
 
 
-def _replace_by_identity(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def unstack_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the experts that have layers among `names` linear layers of their own, such as `experts.gate_up_proj.3`."""
+    owners = unstacked_names(model)
+    chosen = {owners[name] for name in names if name in owners}
+    replace_by_identity(model, {experts: UnstackedExperts(experts) for experts in chosen})
+
+
+def restack_experts(model: nn.Module) -> None:
+    """Make experts none of whose layers is factorized what they were before they were unstacked.
+
+    The dense layers of the others get memory of their own, so that the stacked parameters can be freed.
+    """
+    for experts in [module for module in model.modules() if isinstance(module, UnstackedExperts)]:
+        if experts.all_dense:
+            replace_by_identity(model, {experts: restack(experts)})
+        else:
+            own_memory(experts)
+
+
+def replace_by_identity(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in place of others, wherever in `model` those are children."""
     for parent in list(model.modules()):
         for child_name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
@@ -176,6 +215,7 @@ def _match_ranks(model: PreTrainedModel, saved_ranks: Mapping[str, int], saved_f
         ValueError: the same model class was saved, and it has no module of that name.
     """
     here = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    here |= set(unstacked_names(model))
     prefix = f"{model.base_model_prefix}."
     names: dict[str, str] = {}  # as saved → here
     unmatched: list[str] = []
@@ -225,6 +265,7 @@ def _swap_in_empty_layers(model: PreTrainedModel, ranks: Mapping[str, int], form
     Raises:
         ValueError: a module that is not linear or is tied, or a rank that does not fit it.
     """
+    unstack_experts(model, ranks)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, rank in ranks.items():
         module = model.get_submodule(name)
@@ -239,15 +280,17 @@ def _swap_in_empty_layers(model: PreTrainedModel, ranks: Mapping[str, int], form
         else:
             _refuse_tied(model, name)
             replacements[module] = new
-    _replace_by_identity(model, replacements)
+    replace_by_identity(model, replacements)
+    restack_experts(model)
 
 
 def _split_parallel_plan(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
-    """Rewrite the tensor-parallel plan for the factors.
+    """Rewrite the tensor-parallel plan for the factors, and leave unstacked experts out of the parallel plans.
 
     A column-parallel layer shards the rows of `up`, a row-parallel one the columns of `down`: the sum over the devices
     is then one of activations of width r.
     """
+    _keep_experts_whole(model)
     plan: dict[str, str] | None = getattr(model, "_tp_plan", None)
     if not plan:
         return
@@ -263,8 +306,17 @@ def _split_parallel_plan(model: PreTrainedModel, ranks: Mapping[str, int]) -> No
         del plan[pattern]
 
 
+def _keep_experts_whole(model: PreTrainedModel) -> None:
+    """Drop the plans for experts, tensor-parallel and expert-parallel, where they are unstacked: they have no stack."""
+    unstacked = [name for name, module in model.named_modules() if isinstance(module, UnstackedExperts)]
+    for pattern in {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in unstacked}:
+        for plan in (getattr(model, "_tp_plan", None) or {}, getattr(model, "_ep_plan", None) or {}):
+            for key in [key for key in plan if key == pattern or key.startswith(f"{pattern}.")]:
+                del plan[key]
+
+
 def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +374,8 @@ def _dense_layer_of_factor(model: PreTrainedModel, key: str) -> str | None:
         return None
     prefix = f"{model.base_model_prefix}."
     candidates = (match[1], match[1].removeprefix(prefix), prefix + match[1])
-    return next((name for name in candidates if _is_dense(_submodule(model, name) or nn.Identity())), None)
+    stacked = unstacked_names(model)
+    return next((n for n in candidates if n in stacked or _is_dense(_submodule(model, n) or nn.Identity())), None)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -406,6 +459,15 @@ class LowRankMixin(_ModelBase):
         forms = {name: layer.form for name, layer in self.factorized_layers().items()}
         self.config.forms = {name: form for name, form in forms.items() if form != LowRankLayer.form}
 
+    def _describe_layer(self, name: str, layer: nn.Module) -> None:
+        """The same for one layer."""
+        for known in (self.config.ranks, self.config.forms):
+            known.pop(name, None)
+        if isinstance(layer, LowRankLayer):
+            self.config.ranks[name] = layer.rank
+            if layer.form != LowRankLayer.form:
+                self.config.forms[name] = layer.form
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.save_pretrained`, with the ranks and the source files that loading needs.
 
@@ -413,6 +475,9 @@ class LowRankMixin(_ModelBase):
         folder that fails to load, not one that loads as something else.
         """
         self._describe_layers()
+        for module in self.modules():
+            if isinstance(module, UnstackedExperts):
+                own_memory(module)  # safetensors stores no views
         self.config.auto_map = _auto_map(type(self), self.config)
         # The base architecture's conversions are for dense weights, and some would take factors for them.
         kwargs["save_original_format"] = False
@@ -688,7 +753,7 @@ def minimal_card(model: LowRankMixin, repo_id: str) -> ModelCard:
 
 # {repo_id}
 
-A {model.base_model_class.__name__} with {len(model.lowrank_ranks)} of its linear layers factorized to low rank.
+A {model.base_model_class.__name__} with {len(model.lowrank_ranks)} of its layers factorized to low rank.
 {_MINIMAL}
 
 ```python

@@ -12,7 +12,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.modeling_lowrank import replace_module
 from hf_lowrank.progress import bar
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.targets import find_targets, weight_shape
+from hf_lowrank.targets import find_targets, unstacked, weight_shape
 
 # The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.
 PROFILE_SAMPLES = 128
@@ -37,10 +37,11 @@ def profile_losses(
     batches = list(loader)
     targets = find_targets(model, config.include, config.exclude)
     solver = layer_solver(targets, config, statistics)
-    ranks = {name: _ranks(weight_shape(module), ratios, config.align) for name, module in targets.items()}
-    dense = mean_loss(model, batches)
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    ranks = {name: _ranks(shape, ratios, config.spread.ranks(shape)) for name, shape in shapes.items()}
     profile: Profile = {name: {} for name in targets}
-    with bar("profiling", sum(map(len, ranks.values())), "ranks", progress) as shown:
+    with unstacked(model, targets), bar("profiling", sum(map(len, ranks.values())), "ranks", progress) as shown:
+        dense = mean_loss(model, batches)
         for name, linear in targets.items():
             for rank in ranks[name]:
                 replace_module(model, name, solver.low_rank(name, rank)[0])
@@ -73,7 +74,8 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[dict[str, Any]]) -> floa
     return total / samples
 
 
-def _ranks(shape: tuple[int, int], ratios: Sequence[float], align: int) -> list[int]:
-    """The multiples of `align` nearest to the ratios, those that save parameters."""
-    ranks = {max(1, round(ratio * min(shape) / align)) * align for ratio in ratios}
+def _ranks(shape: tuple[int, int], ratios: Sequence[float], allowed: Sequence[int]) -> list[int]:
+    """The allowed ranks nearest to the ratios, those that save parameters."""
+    wanted = [ratio * min(shape) for ratio in ratios if allowed]
+    ranks = {min(allowed, key=lambda rank: abs(rank - each)) for each in wanted}
     return sorted(rank for rank in ranks if saves_parameters(shape, rank))

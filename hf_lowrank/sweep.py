@@ -48,6 +48,7 @@ class SweepConfig:
         budget: a key of `BUDGETS`, `values` its values.
         epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
         samples: training rows that statistics are measured on, chosen by `seed`.
+        include, exclude, align, form: as in `CompressionConfig`, of all models alike.
 
     Raises:
         LowRankError: an unknown name, or a value out of range.
@@ -61,6 +62,10 @@ class SweepConfig:
     bf16: bool = False
     samples: int = 512
     seed: int = 0
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    align: int | None = None
+    form: str = "factors"
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -69,8 +74,9 @@ class SweepConfig:
 
     def runs(self) -> list[CompressionConfig]:
         """Every compression of the sweep, in order."""
+        common: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude", "align", "form")}
         return [
-            CompressionConfig(method, allocation=allocation, **{self.budget: value})  # type: ignore[arg-type]
+            CompressionConfig(method, allocation=allocation, **common | {self.budget: value})
             for method in self.methods
             for allocation in self.allocations or (get_method(method).allocation,)
             for value in self.values
@@ -221,7 +227,12 @@ class _Bench:
         if not needs or (saved is not None and all(saved.has(kind) for kind in needs)):
             return saved
         measured = compute_statistics(
-            self.model, self._loader(self.config.samples), [*needs, *(saved.kinds if saved else ())], origin=origin
+            self.model,
+            self._loader(self.config.samples),
+            [*needs, *(saved.kinds if saved else ())],
+            include=self.config.include,
+            exclude=self.config.exclude,
+            origin=origin,
         )
         measured.save(path, overwrite=True)
         return measured
@@ -240,15 +251,16 @@ class _Bench:
 
 def _claim(folder: Path, model: PreTrainedModel, task: Task, config: SweepConfig, origin: dict[str, Any]) -> None:
     """Note what the folder's results are of, or raise where that is something else."""
-    weights = "".join(digest(module) for module in find_targets(model).values())
-    fixed = ("epochs", "bf16", "samples", "seed")
+    weights = "".join(digest(module) for module in find_targets(model, config.include, config.exclude).values())
+    fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
     settings = {
         "weights": hashlib.blake2b(weights.encode(), digest_size=16).hexdigest(),
         "task": task.name,
         "max_length": task.max_length,
         **origin,
     }
-    settings |= {name: value for name, value in asdict(config).items() if name in fixed}
+    own = asdict(config)
+    settings |= {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in fixed}
     path = folder / SETTINGS
     if not path.is_file():
         return write_json(path, settings)

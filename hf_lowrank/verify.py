@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.files import sha256_of
-from hf_lowrank.fingerprint import probe_output, sample
+from hf_lowrank.fingerprint import probe, probe_output, sample
 from hf_lowrank.folders import load_low_rank, load_whole, low_rank_class, read_low_rank_config
 from hf_lowrank.layers_lowrank import LowRankLayer, dense_weight
-from hf_lowrank.modeling_lowrank import LowRankMixin
+from hf_lowrank.modeling_lowrank import LowRankMixin, unstack_experts
 from hf_lowrank.saving import read_record
 
 PASS, FAIL, SKIP, INFO = "PASS", "FAIL", "SKIP", "INFO"  # the last one is measured and not judged
@@ -109,6 +109,7 @@ def _against(model: LowRankMixin, dense: PreTrainedModel, record: dict[str, Any]
     """Comparisons with the dense model."""
     fine_tuned = "finetuning" in record
     low_rank = model.factorized_layers()
+    unstack_experts(dense, low_rank)
     misfit = next((problem for name in low_rank if (problem := _misfit(name, low_rank[name], dense))), None)
     if misfit:
         yield Check("same architecture", FAIL, misfit)
@@ -122,8 +123,11 @@ def _against(model: LowRankMixin, dense: PreTrainedModel, record: dict[str, Any]
     else:
         yield _unchanged(model, dense)
         yield _layer_errors(low_rank, dense, record)
-    difference = _difference(probe_output(model), probe_output(dense))
-    yield Check("outputs", INFO, f"{difference:.1%} from the dense model's, on random tokens")
+    if skipped := probe(model).get("skipped"):
+        yield Check("outputs", SKIP, skipped)
+    else:
+        difference = _difference(probe_output(model), probe_output(dense))
+        yield Check("outputs", INFO, f"{difference:.1%} from the dense model's, on random tokens")
 
 
 def _misfit(name: str, layer: LowRankLayer, dense: nn.Module) -> str | None:

@@ -123,13 +123,35 @@ def test_ranks_are_multiples_within_the_same_budget(allocation: str) -> None:
     assert 0.5 * dense - 8 * 640 < used <= 0.5 * dense
 
 
+def test_ranks_are_aligned_by_default_where_that_is_faster() -> None:
+    weights = {"a": torch.rand(64).sort(descending=True).values.double().exp().pow(8)} | {"b": torch.ones(63)}
+    layers: dict[str, nn.Module] = {"a": nn.Linear(256, 64), "b": nn.Linear(256, 63)}
+    size, budget = 256 * (64 + 63), Budget("keep", 0.5)
+    for allocation in ("greedy", "type-wise", "effective-rank"):
+        ranks = allocate(layers, size, budget, Spread(allocation), weights.__getitem__)
+        assert ranks["a"] is None or ranks["a"] % 8 == 0
+        assert allocate(layers, size, budget, Spread(allocation, 1), weights.__getitem__) != ranks
+    assert Spread("greedy").ranks((256, 64)) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 56, 64]
+    for spread, shape in ((Spread("uniform"), (256, 64)), (Spread("greedy"), (256, 63)), (Spread("greedy", 1), (9, 9))):
+        assert list(spread.ranks(shape)) == list(range(1, min(shape) + 1))
+    assert list(Spread("uniform", 8).ranks((20, 20))) == [8, 16]
+
+
+def test_the_smallest_budgets_can_be_met_by_aligned_ranks() -> None:
+    layers: dict[str, nn.Module] = {name: nn.Linear(64, 64) for name in "ab"}
+    weights = {"a": torch.ones(64).double(), "b": torch.ones(64).double() / 9}
+    assert allocate(layers, 8192, Budget("rank_ratio", 0.05), Spread("greedy"), weights.__getitem__) == {"a": 5, "b": 1}
+    bounds = Spread("greedy", floor=0.9, cap=1.1)  # around 13 lies no multiple of 8
+    assert allocate(layers, 8192, Budget("rank_ratio", 0.2), bounds, weights.__getitem__) == {"a": 8, "b": 8}
+
+
 def test_floor_and_cap_bound_the_ranks_around_the_uniform_one() -> None:
     shapes = {"a": (64, 64), "b": (64, 64)}
     layers: dict[str, nn.Module] = {name: nn.Linear(64, 64) for name in shapes}
     weights = {"a": torch.ones(64), "b": torch.ones(64) * 1e-6}
     free, bounded = (
         allocate(layers, 8192, Budget("rank_ratio", 0.25), Spread("greedy", **bounds), weights.__getitem__)
-        for bounds in ({}, {"floor": 0.5, "cap": 1.25})
+        for bounds in ({"align": 1}, {"align": 1, "floor": 0.5, "cap": 1.25})
     )
     assert free["b"] == 1
     assert bounded == {"a": 20, "b": 12}  # of 16

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks import architectures, coverage
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_fisher, compute_statistics
 from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.targets import find_targets
+from hf_lowrank.targets import find_targets, unstacked
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WORDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -206,8 +206,9 @@ def naive_fisher(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     targets = find_targets(model)
     total = {name: torch.zeros(dense_weight(module).shape) for name, module in targets.items()}
     for n in range(len(next(iter(batch.values())))):
-        model.zero_grad()
-        model(**{key: value[n : n + 1] for key, value in batch.items()}).loss.backward()
+        with unstacked(model, targets):
+            model.zero_grad()
+            model(**{key: value[n : n + 1] for key, value in batch.items()}).loss.backward()
         for name, module in targets.items():
             if module.weight.grad is not None:
                 gradient = module.weight.grad

@@ -113,6 +113,24 @@ def test_a_sweep_goes_on_where_it_was(trained: tuple[Path, Path], tmp_path: Path
     assert "holds a sweep with seed 0, this one has 1" in error
 
 
+def test_all_models_of_a_sweep_have_its_layers_ranks_and_form(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    model, data = trained
+    out = tmp_path / "sweep"
+    words = ["sweep", model, "--task", "cola", "--data-dir", data, "--output", out, "--samples", "16", "--json"]
+    words += ["--method", "kfac", "--value", "0.4", "--align", "4", "--form", "interpolative", "--include", "dense"]
+    code, text, _ = run(monkeypatch, capfd, *words, "--exclude", "pooler.dense")
+    assert code == 0
+    _, record = json.loads(text)["records"]
+    assert len(record["ranks"]) == 6
+    assert all(name.endswith(".dense") and "pooler" not in name for name in record["ranks"])
+    assert all(rank is None or rank % 4 == 0 for rank in record["ranks"].values())
+    code, _, error = run(monkeypatch, capfd, *words)
+    assert code == 2
+    assert "holds a sweep with " in error
+
+
 def test_budgets_and_searches_from_the_command(
     trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:

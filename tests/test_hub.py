@@ -29,6 +29,7 @@ PUBLISHED = {
     "compression.json",
     "config.json",
     "configuration_lowrank.py",
+    "experts_lowrank.py",
     "layers_lowrank.py",
     "model.safetensors",
     "modeling_lowrank.py",
@@ -374,7 +375,8 @@ def test_a_newer_format_is_refused_in_words(bare: Client, client: Client) -> Non
         "from huggingface_hub import HfApi\n"
         "HfApi().create_repo('alice/newer'); HfApi().upload_file(path_or_fileobj=path, path_in_repo='config.json', "
         "repo_id='alice/newer')\n"
-        "for name in ('configuration_lowrank.py', 'layers_lowrank.py', 'modeling_lowrank.py', 'model.safetensors'):\n"
+        "from hf_lowrank.configuration_lowrank import SOURCE_FILES\n"
+        "for name in (*SOURCE_FILES, 'model.safetensors'):\n"
         "    HfApi().upload_file(path_or_fileobj=f'newer/{name}', path_in_repo=name, repo_id='alice/newer')"
     )
     for one, flag in ((client, ""), (bare, ", trust_remote_code=True")):

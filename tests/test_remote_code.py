@@ -122,7 +122,7 @@ model = AutoModelForSequenceClassification.from_pretrained("classifier", trust_r
 with torch.no_grad():
     model.bert.encoder.layer[0].output.dense.down.weight.mul_(2)  # as after fine-tuning
 model.save_pretrained("copy")
-for name in ("config.json", "configuration_lowrank.py", "layers_lowrank.py", "modeling_lowrank.py"):
+for name in ("config.json", *(path.name for path in Path("classifier").glob("*_lowrank.py"))):
     assert Path("copy", name).read_bytes() == Path("classifier", name).read_bytes(), name
 copied = AutoModelForSequenceClassification.from_pretrained("copy", trust_remote_code=True)
 assert type(copied).__name__ == "LowRankBertForSequenceClassification"

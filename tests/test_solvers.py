@@ -8,7 +8,7 @@ from hf_lowrank.solvers import METHODS, get_method
 from hf_lowrank.solvers.elementwise import ElementWise
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.methods import method
-from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, truncated_svd
+from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling, truncated_svd
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -82,6 +82,23 @@ def test_scaling_is_undone_at_any_scale() -> None:
         rows = heavy_tailed(30)
         tiny, plain = (Scaled(Scaling(), DiagonalScaling(r)).factorize(weight, 6) for r in (rows * scale, rows))
         torch.testing.assert_close(tiny.product(), plain.product())
+
+
+@pytest.mark.parametrize("shape", [(40, 23), (23, 40)])
+def test_whitening_attains_the_optimum_and_decomposes_only_the_moment_of_the_shorter_side(
+    shape: tuple[int, int],
+) -> None:
+    weight, factors = torch.randn(shape, dtype=torch.float64), [heavy_tailed(n, n).double() for n in shape]
+    moments = [factor @ factor.T for factor in factors]
+    objective = Scaled(*(WhiteningScaling(moment, 0.01) for moment in moments))
+    damped = [moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment)) for moment in moments]
+    left, right = (torch.linalg.cholesky(moment).T for moment in damped)
+    worth = torch.linalg.svdvals(left @ weight @ right.T).square()
+    found = objective.factorize(weight, 7)
+    torch.testing.assert_close(objective.spectrum(weight), worth)
+    torch.testing.assert_close(objective.error(weight - found.product()), worth[7:].sum())
+    torch.testing.assert_close(objective.mass(shape), left.square().sum() * right.square().sum())
+    assert [("upper" in vars(side)) for side in (objective.left, objective.right)] == [n == 23 for n in shape]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,7 +1,7 @@
 """A budget, spread over the targeted layers by an allocation within bounds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,12 @@ from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, lay
 from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.layers_lowrank import dense_weight
+from hf_lowrank.layer_names import is_expert_layer
+from hf_lowrank.layers_lowrank import CONVOLUTIONS, dense_weight
 from hf_lowrank.targets import weight_shape
+
+# Ranks that are multiples of 8 are the fastest on CPUs (benchmarks/speed.md); small layers gain nothing by them.
+ALIGN, ALIGNED_FROM = 8, 64
 
 Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank
 
@@ -22,25 +26,36 @@ Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone ha
 class Spread:
     """How a budget is spread: an allocation of `ALLOCATIONS`, and what bounds every layer's rank.
 
-    Ranks are multiples of `align`. `floor` and `cap` are relative to the uniform rank at the same budget: no layer
-    gets less than `floor` (0 to 1) times it, none more than `cap` (at least 1).
+    Ranks are multiples of `align`. None, the default: of 8, or below 8, in layers whose smaller side is at least 64,
+    and any rank in smaller ones and by the allocation "uniform", the papers' setting. `floor` and `cap` are relative
+    to the uniform rank at the same budget: no layer gets less than `floor` (0 to 1) times it, none more than `cap` (at
+    least 1).
 
     Raises:
         LowRankError: the allocation is unknown, or a bound is out of range.
     """
 
     allocation: str = "uniform"
-    align: int = 1
+    align: int | None = None
     floor: float = 0.0
     cap: float = math.inf
 
     def __post_init__(self) -> None:
         get_allocation(self.allocation)
-        if self.align < 1 or not 0 <= self.floor <= 1 or self.cap < 1:
+        if (self.align is not None and self.align < 1) or not 0 <= self.floor <= 1 or self.cap < 1:
             raise LowRankError(
                 f"align must be at least 1, floor in [0, 1] and cap at least 1; they are {self.align}, {self.floor} "
                 f"and {self.cap}"
             )
+
+    def ranks(self, shape: Shape) -> Sequence[int]:
+        """The ranks that a layer [out, in] may have, ascending."""
+        largest = min(shape)
+        if self.align is not None:
+            return range(self.align, largest + 1, self.align)
+        if self.allocation == "uniform" or largest < ALIGNED_FROM:
+            return range(1, largest + 1)
+        return [*range(1, ALIGN), *range(ALIGN, largest + 1, ALIGN)]
 
 
 def allocate(
@@ -64,6 +79,8 @@ def allocate(
     Raises:
         LowRankError: the budget is below the least possible or above the dense size, or the profile is missing.
     """
+    _refuse_convolutions(targets, budget)
+    _refuse_routed(targets, budget)
     rule = get_allocation(spread.allocation)
     limit, plain = _limited(targets, model_parameters, budget, spread, form)
     total = max(limit.total, cheapest(plain))
@@ -93,8 +110,29 @@ def check_budget(
     Raises:
         ImpossibleBudget: the message gives the possible range.
     """
+    _refuse_convolutions(targets, budget)
+    _refuse_routed(targets, budget)
     if budget.kind != "latency":  # that takes a measurement itself
         _limited(targets, model_parameters, budget, spread, form)
+
+
+def _refuse_convolutions(targets: dict[str, nn.Module], budget: Budget) -> None:
+    convolution = next((name for name, module in targets.items() if isinstance(module, CONVOLUTIONS)), None)
+    if convolution is not None and budget.kind in ("flops", "latency"):
+        raise LowRankError(
+            f"{convolution}: what a convolution costs depends on the size of its input, which the budget {budget.kind} "
+            "does not know: give keep, keep_model, params or rank_ratio, or exclude the convolutions"
+        )
+
+
+def _refuse_routed(targets: dict[str, nn.Module], budget: Budget) -> None:
+    """Arithmetic and time are counted for one token through every layer, and a token visits few of the experts."""
+    expert = next((name for name in targets if is_expert_layer(name)), None)
+    if budget.kind in ("flops", "latency") and expert is not None:
+        raise LowRankError(
+            f"a {budget.kind} budget counts every layer for every token, and {expert} sees only those routed to it: "
+            "give a budget of parameters (rank_ratio, keep, keep_model, params), or exclude the experts"
+        )
 
 
 def _limited(
@@ -105,7 +143,7 @@ def _limited(
     limit = _limit(budget, shapes, model_parameters, dense_weight(next(iter(targets.values()))))
     if form == "interpolative":
         limit = replace(limit, cost=in_interpolative_form(limit.cost))
-    plain = {name: layer_choices(shape, limit.cost, spread.align) for name, shape in shapes.items()}
+    plain = {name: layer_choices(shape, limit.cost, spread.ranks(shape)) for name, shape in shapes.items()}
     if budget.kind != "rank_ratio":
         check_range(budget, limit, cheapest(plain), dearest(plain))
     return limit, plain
@@ -132,7 +170,7 @@ def _bounded(
     around = break_even if uniform is None else uniform
     least, most = spread.floor * around, spread.cap * around
     values = None if spectrum is None else spectrum(name).tolist()
-    return layer_choices(each.shape, limit.cost, spread.align, least, most, values)
+    return layer_choices(each.shape, limit.cost, spread.ranks(each.shape), least, most, values)
 
 
 def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:

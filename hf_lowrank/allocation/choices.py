@@ -1,6 +1,6 @@
 """What an allocation chooses from: the ranks a layer may have, what each costs, and what loss each adds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_lowrank.allocation.costs import Cost, Shape
@@ -31,19 +31,20 @@ class Choices:
 def layer_choices(
     shape: Shape,
     cost: Cost,
-    align: int = 1,
+    candidates: Iterable[int] | None = None,
     least: float = 0,
     most: float = float("inf"),
     spectrum: Sequence[float] | None = None,
 ) -> Choices:
-    """The multiples of `align` from `least` to `most` that cost less than the dense layer, and the dense layer itself.
+    """The `candidates` from `least` to `most` that cost less than the dense layer, and the dense layer itself.
 
+    Candidates are ascending ranks, all unless given; where none is within the bounds, the next below `most` is taken.
     `spectrum` [min(out, in)] is what discarding each direction adds to the loss, largest first: a rank loses the sum
     of those beyond it. `most` below break-even forbids the dense layer too.
     """
     dense = cost(shape, None)
-    saving = [r for r in range(align, min(shape) + 1, align) if cost(shape, r) < dense]
-    allowed = [r for r in saving if least <= r <= most] or saving[-1:]
+    saving = [r for r in candidates or range(1, min(shape) + 1) if cost(shape, r) < dense]
+    allowed = [r for r in saving if least <= r <= most] or [r for r in saving if r <= most][-1:] or saving[:1]
     capped = bool(saving) and most < saving[-1]
     ranks: tuple[int | None, ...] = (*allowed,) if capped else (*allowed, None)
     costs = tuple(cost(shape, rank) for rank in ranks)

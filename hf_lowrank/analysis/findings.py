@@ -11,7 +11,7 @@ from hf_lowrank.analysis.layers import EXPECTED, SPREAD, VARIATION, LayerAnalysi
 from hf_lowrank.analysis.predictor import Correlation
 from hf_lowrank.analysis.recommend import LEAVE_DENSE, SVD_ENOUGH, USE_WEIGHTING
 from hf_lowrank.analysis.truncation import GroupTruncation
-from hf_lowrank.layer_names import place_of
+from hf_lowrank.layer_names import kind_of
 
 if TYPE_CHECKING:
     from hf_lowrank.analysis.run import Analysis
@@ -79,7 +79,7 @@ def _redundancy(analysis: "Analysis") -> Iterator[str]:
     )
     by_kind: dict[str, float] = defaultdict(float)
     for layer in analysis.layers:
-        by_kind[place_of(layer.name).within] += layer.share
+        by_kind[kind_of(layer.name)] += layer.share
     ordered = sorted(by_kind.items(), key=lambda item: item[1], reverse=True)
     if 1 < len(ordered) < len(analysis.layers):
         yield "By layer type: " + ", ".join(f"{kind} {share:.0%}" for kind, share in ordered) + "."

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.layers_lowrank import as_stored
 
 
 @contextmanager
 def replaced_weights(targets: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give linear layers other weights [out, in], by name, for the length of the block.
+    """Give layers other weights [out, in], as `dense_weight` gives them, by name, for the length of the block.
 
     The parameters stay the same objects. Their own values are set aside, not copied, and put back however the block
     ends, so that nothing is rounded. Memory: the new weights.
@@ -18,8 +19,7 @@ def replaced_weights(targets: Mapping[str, nn.Module], weights: Mapping[str, Ten
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, weight in weights.items():
-            stored = weight.T if isinstance(targets[name], Conv1D) else weight
-            parameters[name].data = stored.to(own[name]).contiguous()
+            parameters[name].data = as_stored(targets[name], weight).to(own[name]).contiguous()
         yield
     finally:
         for name, parameter in parameters.items():

@@ -20,11 +20,12 @@ from hf_lowrank.analysis.rank_sweep import SweepPoint, rank_sweep
 from hf_lowrank.analysis.recommend import recommend_layers, recommend_model
 from hf_lowrank.analysis.study import Study
 from hf_lowrank.analysis.truncation import GroupTruncation, truncate_groups
+from hf_lowrank.compress import unreached
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.progress import bar
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.targets import check_weights, find_targets
+from hf_lowrank.targets import check_weights, find_targets, unstacked
 from hf_lowrank.tasks import Task
 
 DEFAULT_METHODS = ("svd", "fwsvd", "tfwsvd", "kfac")
@@ -137,6 +138,8 @@ def analyze(
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
     statistics.check(targets, needed_statistics(config.methods))
+    left = unreached(targets, statistics)  # by compress, too
+    targets = {name: module for name, module in targets.items() if name not in left}
     evaluator = Evaluator(model, tokenizer, task, validation, config.eval_samples, config.batch_size, config.seed)
     settings = {
         "model_weights": weights_digest(model),
@@ -147,7 +150,8 @@ def analyze(
         "validation_data": _digest(evaluator.splits),
     }
     records = Journal(journal, settings)
-    with bar("analysis", _evaluations(config, len(targets)), "evaluations", progress) as shown:
+    evaluations = _evaluations(config, len(targets))
+    with unstacked(model, targets), bar("analysis", evaluations, "evaluations", progress) as shown:
         study = Study(targets, statistics, evaluator, records, shown.update)
         sweep = [point for method in config.methods for point in rank_sweep(study, method, config.ratios)]
         truncation = [truncate_groups(study, method, config.groups) for method in config.methods]

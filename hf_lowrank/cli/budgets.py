@@ -57,8 +57,13 @@ AllocationOption = Annotated[
     ),
 ]
 AlignOption = Annotated[
-    int,
-    typer.Option(min=1, help="Make ranks multiples of this: 8 suits CPUs, 16 to 64 GPUs.", rich_help_panel=BOUNDS),
+    int | None,
+    typer.Option(
+        min=1,
+        help="Make ranks multiples of this: 8 suits CPUs, 16 to 64 GPUs; 1 allows any. [dim]Default: multiples of 8, "
+        "or less than 8, in layers of at least 64 inputs and outputs; any rank with --allocation uniform.[/dim]",
+        rich_help_panel=BOUNDS,
+    ),
 ]
 FloorOption = Annotated[
     float, typer.Option(help="Least rank of a layer, as a share of its uniform rank, 0 to 1.", rich_help_panel=BOUNDS)

@@ -36,6 +36,7 @@ from hf_lowrank.cli.options import (
     BatchOption,
     DataOption,
     ExcludeOption,
+    FormOption,
     IncludeOption,
     JsonOption,
     LabelColumnOption,
@@ -52,7 +53,6 @@ from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_
 from hf_lowrank.compress import CompressionConfig, compress
 from hf_lowrank.evaluate import evaluate
 from hf_lowrank.hub import push_folder, refuse_without_token
-from hf_lowrank.layers_lowrank import FORMS
 from hf_lowrank.loading import load_model, stored_dtype
 from hf_lowrank.saving import add_facts, save_compressed
 from hf_lowrank.solvers import OPTIMIZERS
@@ -79,16 +79,13 @@ def compress_command(
     keep_score: KeepScoreOption = None,
     max_loss_increase: LossOption = None,
     allocation: AllocationOption = None,
-    align: AlignOption = 1,
+    align: AlignOption = None,
     floor: FloorOption = 0.0,
     cap: CapOption = None,
     optimizer: Annotated[
         str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZERS)}. Default: alternating.")
     ] = None,
-    form: Annotated[
-        str,
-        typer.Option(help=f"How factors are stored: {', '.join(FORMS)}, the latter with r² fewer numbers at rank r."),
-    ] = "factors",
+    form: FormOption = "factors",
     data_dir: DataOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,

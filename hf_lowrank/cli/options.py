@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from hf_lowrank.layers_lowrank import FORMS
 from hf_lowrank.tasks.table import NAMES
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
@@ -29,10 +30,14 @@ SeedOption = Annotated[int, typer.Option(help="Which training samples are chosen
 IncludeOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="Factorize only linears and embeddings of this name pattern, such as 'query', '*.mlp.*' or "
-        "'word_embeddings'; may be repeated. [dim]"
+        help="Factorize only linears, embeddings and convolutions of this name pattern, such as 'query', '*.mlp.*', "
+        "'word_embeddings' or '*.convolution'; may be repeated. [dim]"
         "Default: all linears inside the transformer blocks.[/dim]"
     ),
+]
+FormOption = Annotated[
+    str,
+    typer.Option(help=f"How factors are stored: {', '.join(FORMS)}, the latter with r² fewer numbers at rank r."),
 ]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")

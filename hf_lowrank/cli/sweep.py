@@ -6,10 +6,14 @@ from typing import Annotated
 import typer
 
 from hf_lowrank.cli.app import app
+from hf_lowrank.cli.budgets import AlignOption
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.facts import origin
 from hf_lowrank.cli.options import (
     DataOption,
+    ExcludeOption,
+    FormOption,
+    IncludeOption,
     JsonOption,
     LabelColumnOption,
     LengthOption,
@@ -43,6 +47,10 @@ def sweep_command(
     value: Annotated[list[str], typer.Option(help="How small; may be repeated.")] = ["0.5", "0.33", "0.2", "0.1"],  # noqa: B006
     epochs: Annotated[float, typer.Option(help="Fine-tune each model so long, and score it again.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Fine-tune in bfloat16, which is faster.")] = False,
+    align: AlignOption = None,
+    form: FormOption = "factors",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     data_dir: DataOption = None,
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
@@ -58,7 +66,20 @@ def sweep_command(
     values = tuple(float(each) if _is_number(each) else each for each in value)
     allocations = tuple(allocation) if allocation else None
     methods = tuple(METHODS) if "all" in method else tuple(method)
-    config = SweepConfig(methods, allocations, budget.replace("-", "_"), values, epochs, bf16, samples, seed)
+    config = SweepConfig(
+        methods,
+        allocations,
+        budget.replace("-", "_"),
+        values,
+        epochs,
+        bf16,
+        samples,
+        seed,
+        include=tuple(include) if include else None,
+        exclude=tuple(exclude) if exclude else None,
+        align=align,
+        form=form,
+    )
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
     loaded, tokenizer = load_model(model, the_task)
     source = origin(model, the_task, data_dir, seed)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from hf_lowrank.analysis import Correlation, LayerAnalysis
-from hf_lowrank.layer_names import place_of
+from hf_lowrank.layer_names import kind_of
 from hf_lowrank.plots.style import (
     BLACK,
     BLUE,
@@ -66,9 +66,9 @@ def fisher_figure(layers: Sequence[LayerAnalysis]) -> Figure:
     method = "svd" if "svd" in layers[0].methods else next(iter(layers[0].methods))
     figure = new_figure(9.0, 4.0)
     left, right = figure.subplots(1, 2)
-    kinds = list(dict.fromkeys(place_of(layer.name).within for layer in layers))
+    kinds = list(dict.fromkeys(kind_of(layer.name) for layer in layers))
     for n, kind in enumerate(kinds):
-        chosen = [layer for layer in layers if place_of(layer.name).within == kind]
+        chosen = [layer for layer in layers if kind_of(layer.name) == kind]
         colour, marker = TYPE_LOOKS[n % len(TYPE_LOOKS)]
         look = {"color": colour, "marker": marker, "linestyle": "none", "label": kind, "markersize": 5.5}
         left.plot([x.fisher.between_rows for x in chosen], [x.fisher.within_rows for x in chosen], **look)

@@ -1,6 +1,8 @@
 """Importance as a scaling of both sides of the weight: the best factors are a truncated SVD of the scaled weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from hf_lowrank.solvers.factors import Factors
 
 # Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
 FLOOR = 1e-8
+
+# Products with a triangular or a symmetric matrix are taken in this many blocks of rows: nearly half the work.
+BLOCKS = 8
 
 
 class Scaling:
@@ -20,6 +25,10 @@ class Scaling:
 
     def undo(self, matrix: Tensor) -> Tensor:
         """S⁻¹ @ matrix."""
+        return matrix
+
+    def square(self, matrix: Tensor) -> Tensor:
+        """Sᵀ S @ matrix."""
         return matrix
 
     def power(self, size: int) -> Tensor:
@@ -44,6 +53,9 @@ class DiagonalScaling(Scaling):
     def undo(self, matrix: Tensor) -> Tensor:
         return matrix / self.root
 
+    def square(self, matrix: Tensor) -> Tensor:
+        return self.root.square() * matrix
+
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
 
@@ -55,25 +67,34 @@ class WhiteningScaling(Scaling):
     """
 
     def __init__(self, moment: Tensor, damping: float) -> None:
-        moment = moment.to(torch.float64, copy=True)  # of which Cholesky's method reads the lower triangle
+        moment = moment.to(torch.float64, copy=True)
         mean = moment.diagonal().mean()
-        mean = torch.where(mean > 0, mean, 1.0)  # all zero: nothing is more important than the rest
-        moment.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(moment)
+        self.mean = torch.where(mean > 0, mean, 1.0)  # all zero: nothing is more important than the rest
+        self.moment, self.damping = moment, damping
+        moment.diagonal().add_(damping * self.mean)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """S, found when it is first needed: the longer side of a weight never needs it."""
+        lower, failed = torch.linalg.cholesky_ex(self.moment)
         while failed:  # rounding made it indefinite
-            damping = max(10 * damping, 1e-10)
-            moment.diagonal().add_(damping * mean)
-            lower, failed = torch.linalg.cholesky_ex(moment)
-        self.upper = lower.T
+            self.damping = max(10 * self.damping, 1e-10)
+            self.moment.diagonal().add_(self.damping * self.mean)
+            lower, failed = torch.linalg.cholesky_ex(self.moment)
+        return lower.T
 
     def apply(self, matrix: Tensor) -> Tensor:
-        return self.upper @ matrix
+        blocks = _row_blocks(len(matrix))  # left of the diagonal are zeros
+        return torch.cat([self.upper[start:end, start:] @ matrix[start:] for start, end in blocks])
 
     def undo(self, matrix: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.upper, matrix.to(self.upper.dtype), upper=True)
 
+    def square(self, matrix: Tensor) -> Tensor:
+        return self.moment @ matrix.to(self.moment.dtype)
+
     def power(self, size: int) -> Tensor:
-        return self.upper.square().sum()
+        return self.moment.diagonal().sum()
 
 
 def whitening(moment: Tensor, damping: float) -> Scaling:
@@ -88,7 +109,8 @@ class Scaled:
     """error(Δ) = ‖L Δ Rᵀ‖²_F, with L scaling the outputs and R the inputs.
 
     By Eckart and Young (1936) the least error at a rank is the sum of the squared singular values of L W Rᵀ from that
-    rank on, and is attained by undoing the scalings of its truncated SVD.
+    rank on, and is attained by undoing the scalings of its truncated SVD. Its singular vectors on the shorter side are
+    those of a Gram matrix, into which the scaling of the longer side enters only as the moment that it is the root of.
     """
 
     left: Scaling
@@ -96,7 +118,8 @@ class Scaled:
 
     def error(self, delta: Tensor) -> Tensor:
         """‖L Δ Rᵀ‖²_F of a `delta` [out, in], a scalar."""
-        return self._scale(delta).square().sum()
+        half, whole = self._scaled(delta)[1:]
+        return (half * whole).sum()
 
     def mass(self, shape: tuple[int, int]) -> Tensor:
         """‖L‖²_F ‖R‖²_F for weights of `shape` (out, in), a scalar."""
@@ -105,17 +128,23 @@ class Scaled:
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """The squared singular values of L W Rᵀ [min(out, in)], largest first."""
-        scaled = self._scale(weight)
-        shorter = scaled if scaled.shape[0] <= scaled.shape[1] else scaled.T
-        return torch.linalg.eigvalsh(_lower_gram(shorter), UPLO="L").flip(0).clamp_min(0)
+        _, half, whole = self._scaled(weight)
+        return torch.linalg.eigvalsh(_lower_product(whole, half), UPLO="L").flip(0).clamp_min(0)
 
     def factorize(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of `weight` [out, in] at `rank`, computed in float64."""
-        up, down = truncated_svd(self._scale(weight), rank)
-        return Factors(self.left.undo(up), self.right.undo(down.T).T)
+        shorter, half, whole = self._scaled(weight)
+        leading = _leading(_lower_product(whole, half), rank)
+        one, other = shorter.undo(leading), leading.T @ half
+        return Factors(one, other) if weight.shape[0] <= weight.shape[1] else Factors(other.T, one.T)
 
-    def _scale(self, matrix: Tensor) -> Tensor:
-        return self.right.apply(self.left.apply(matrix.double()).T).T
+    def _scaled(self, matrix: Tensor) -> tuple[Scaling, Tensor, Tensor]:
+        """The shorter side's scaling S, S M and S M Tᵀ T [shorter, longer], for a matrix M turned that way."""
+        matrix = matrix.double()
+        tall = matrix.shape[0] > matrix.shape[1]
+        shorter, longer = (self.right, self.left) if tall else (self.left, self.right)
+        half = shorter.apply(matrix.T if tall else matrix)
+        return shorter, half, longer.square(half.T).T
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -128,17 +157,25 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         up, down = truncated_svd(matrix.T, rank)
         return down.T, up.T
     matrix = matrix.double()
-    _, vectors = torch.linalg.eigh(_lower_gram(matrix), UPLO="L")  # ascending
-    leading = vectors[:, -rank:].flip(1)
+    leading = _leading(_lower_product(matrix, matrix), rank)
     return leading, leading.T @ matrix
 
 
-def _lower_gram(matrix: Tensor, blocks: int = 8) -> Tensor:
-    """The lower triangle of matrix @ matrix.T [m, m], all that a symmetric solver reads: nearly half the products."""
-    rows = len(matrix)
-    size = -(-rows // blocks)
-    gram = matrix.new_zeros(rows, rows)
-    for start in range(0, rows, size):
-        end = min(start + size, rows)
-        gram[start:end, :end] = matrix[start:end] @ matrix[:end].T
-    return gram
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors [m, rank] of the largest eigenvalues, of a symmetric matrix [m, m] by its lower triangle."""
+    _, vectors = torch.linalg.eigh(gram, UPLO="L")  # ascending
+    return vectors[:, -rank:].flip(1)
+
+
+def _lower_product(a: Tensor, b: Tensor) -> Tensor:
+    """The lower triangle of a @ b.T [m, m] where that is symmetric: all that a symmetric solver reads."""
+    product = a.new_zeros(len(a), len(b))
+    for start, end in _row_blocks(len(a)):
+        product[start:end, :end] = a[start:end] @ b[:end].T
+    return product
+
+
+def _row_blocks(rows: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of `BLOCKS` blocks of rows."""
+    size = -(-rows // BLOCKS)
+    return ((start, min(start + size, rows)) for start in range(0, rows, size))

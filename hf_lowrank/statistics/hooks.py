@@ -1,4 +1,4 @@
-"""Hooks that hand over the inputs and output gradients of linear layers, and leave no trace on the model."""
+"""Hooks that hand over the inputs and output gradients of layers, as linear ones, and leave no trace on the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_lowrank.experts_lowrank import UnstackedExperts, projections, visits
+from hf_lowrank.layers_lowrank import CONVOLUTIONS
 from hf_lowrank.modeling_lowrank import tied_layers
 from hf_lowrank.statistics.losses import NotSeparable
+from hf_lowrank.statistics.patches import geometry, patches
+from hf_lowrank.targets import unstacked
 
 Deliver = Callable[[str, Tensor, Tensor], None]
 
@@ -30,14 +34,19 @@ class Recorder:
     arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     counter: Iterator[int] = field(default_factory=count)
+    rows: dict[nn.Module, "Rows"] = field(default_factory=dict)  # of the layers of experts, in their latest call
+    convolutions: dict[str, nn.Module] = field(default_factory=dict)
 
     def watch(self, name: str, module: nn.Module, tied_head: bool = False) -> torch.utils.hooks.RemovableHandle:
         """Start recording a layer, until the handle is removed.
 
         An embedding's inputs are its tokens [batch, tokens, 1], for one-hot vectors. A `tied_head` is recorded by the
         name of the embedding whose weight it has: its output gradient takes the place of the input, at unit length as a
-        one-hot vector has, and its input that of the output gradient.
+        one-hot vector has, and its input that of the output gradient. A convolution's input is kept as it is until the
+        layer is delivered, and then cut into patches.
         """
+        if isinstance(module, CONVOLUTIONS):
+            self.convolutions[name] = module
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
@@ -45,11 +54,15 @@ class Recorder:
             replaced = None
             if not output.requires_grad:  # the first layer on its path: the graph begins here
                 output = replaced = output.detach().requires_grad_().clone()
-            self.inputs.setdefault(name, []).append(self._identity(args[0]))
+            reading = geometry(module) if isinstance(module, CONVOLUTIONS) else None
+            self.inputs.setdefault(name, []).append((self._identity(args[0]), reading))
             x = args[0].detach()
             if isinstance(module, nn.Embedding):
                 x = x[..., None]
-            if tied_head:
+            rows = self.rows.get(module)
+            if rows is not None:
+                output.register_hook(lambda g: self._arrive(name, rows.by_sample(x), rows.by_sample(g)))
+            elif tied_head:
                 output.register_hook(lambda g: self._arrive(name, *_of_embedding(x, g)))
             else:
                 output.register_hook(lambda g: self._arrive(name, x, g))
@@ -57,11 +70,25 @@ class Recorder:
 
         return module.register_forward_hook(forward_hook)
 
+    def watch_routing(self, experts: UnstackedExperts) -> torch.utils.hooks.RemovableHandle:
+        """Note which samples' tokens reach each expert, until the handle is removed."""
+
+        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            top_k_index = args[1]
+            if len(top_k_index) % self.samples:
+                raise NotSeparable
+            for expert, tokens, _ in visits(top_k_index, experts.num_experts):
+                rows = Rows.of(tokens // (len(top_k_index) // self.samples), self.samples)
+                self.rows |= {getattr(experts, name)[expert]: rows for name in projections(experts)}
+
+        return experts.register_forward_pre_hook(pre_hook)
+
     def begin_batch(self, samples: int) -> None:
         """Forget the calls of the last batch; the next one has this many samples."""
         self.samples = samples
         self.inputs.clear()
         self.arrived.clear()
+        self.rows.clear()
 
     def end_batch(self) -> None:
         """Deliver the layers that were called several times."""
@@ -69,7 +96,8 @@ class Recorder:
             widest = max(x.shape[-1] for x, _ in pairs)
             if any(x.is_floating_point() for x, _ in pairs):  # tokens and the gradients of a tied head
                 pairs = [(x if x.is_floating_point() else _one_hot(x, widest), g) for x, g in pairs]
-            x, g = (torch.cat([self._by_token(t) for t in side], dim=1) for side in zip(*pairs, strict=True))
+            calls = [self._tokens(name, x, g) for x, g in pairs]
+            x, g = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
             self.deliver(name, x, g)
 
     def readers(self, name: str) -> tuple[str, ...]:
@@ -84,15 +112,42 @@ class Recorder:
 
     def _arrive(self, name: str, x: Tensor, g: Tensor) -> None:
         if len(self.inputs[name]) == 1:
-            self.deliver(name, self._by_token(x), self._by_token(g))
+            self.deliver(name, *self._tokens(name, x, g))
         else:
             self.arrived.setdefault(name, []).append((x, g))
+
+    def _tokens(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """One call of a layer: its inputs and output gradients by token."""
+        if name in self.convolutions:
+            x, g = patches(self.convolutions[name], x, g)
+        return self._by_token(x), self._by_token(g)
 
     def _by_token(self, tensor: Tensor) -> Tensor:
         """[batch, …, features] → [batch, tokens, features]."""
         if self.samples > 1 and tensor.shape[0] != self.samples:
             raise NotSeparable
         return tensor.reshape(self.samples, -1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which sample each row of an expert's input is of, and its place among the rows of that sample."""
+
+    sample: Tensor  # [rows]
+    place: Tensor  # [rows]
+    shape: tuple[int, int]  # (samples, the most rows of one of them)
+
+    @classmethod
+    def of(cls, sample: Tensor, samples: int) -> "Rows":
+        counts = (sample[:, None] == torch.arange(samples, device=sample.device)).cumsum(dim=0)
+        place = counts.gather(1, sample[:, None])[:, 0] - 1
+        return cls(sample, place, (samples, int(counts[-1].max())))
+
+    def by_sample(self, rows: Tensor) -> Tensor:
+        """[rows, features] → [samples, most rows, features], filled up with zeros, which no statistic counts."""
+        filled = rows.new_zeros(*self.shape, rows.shape[-1])
+        filled[self.sample, self.place] = rows
+        return filled
 
 
 def _of_embedding(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,29 +164,33 @@ def _one_hot(x: Tensor, size: int) -> Tensor:
 def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorder) -> Iterator[None]:
     """Within the block `model` is in evaluation mode without parameter gradients, and `recorder` watches its targets.
 
-    Modes, `requires_grad`, hooks and config are as before afterwards, also after an exception.
+    Stacked experts are unstacked where some of their layers are targets. Modes, `requires_grad`, hooks, config and
+    modules are as before afterwards, also after an exception.
     """
-    modes = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    problem_type = getattr(config, "problem_type", None)  # which a model's own loss sets
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = []
-    try:
-        model.eval()  # no dropout
-        for parameter in trainable:
-            parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
-        for name, module in targets.items():
-            handles.append(recorder.watch(name, module))
-            for other in tied_layers(model, name) if isinstance(module, nn.Embedding) else ():
-                tied = model.get_submodule(other)
-                handles.append(recorder.watch(name, tied, tied_head=isinstance(tied, nn.Linear)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        if config is not None and getattr(config, "problem_type", None) != problem_type:
-            config.problem_type = problem_type
-        for module, training in modes.items():
-            module.training = training
+    with unstacked(model, targets):
+        modes = {module: module.training for module in model.modules()}
+        config = getattr(model, "config", None)
+        problem_type = getattr(config, "problem_type", None)  # which a model's own loss sets
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        handles = []
+        try:
+            model.eval()  # no dropout
+            for parameter in trainable:
+                parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
+            for name, module in targets.items():
+                handles.append(recorder.watch(name, module))
+                for other in tied_layers(model, name) if isinstance(module, nn.Embedding) else ():
+                    tied = model.get_submodule(other)
+                    handles.append(recorder.watch(name, tied, tied_head=isinstance(tied, nn.Linear)))
+            experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
+            handles += [recorder.watch_routing(module) for module in experts]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            if config is not None and getattr(config, "problem_type", None) != problem_type:
+                config.problem_type = problem_type
+            for module, training in modes.items():
+                module.training = training

@@ -82,7 +82,7 @@ def active_tokens(g: Tensor) -> Tensor:
 
     Padding is never active, nor is a position that no head reads, such as all but the first in a last layer.
     """
-    return (g != 0).any(dim=-1).to(g.dtype)
+    return (g.abs().amax(dim=-1) != 0).to(g.dtype)
 
 
 def add_fisher(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
@@ -102,8 +102,7 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) ->
     Σ_out (Σ_t g_t x_t)² = Σ_t x_t ⊙ (g gᵀ x)_t needs only the [tokens, tokens] Gram matrix of g, which is cheaper than
     G_n for samples of fewer tokens than about in·out / (in + out).
     """
-    (tokens, inputs), outputs = x.shape[1:], g.shape[2]
-    if tokens * (inputs + outputs) <= inputs * outputs:
+    if _few_tokens(x, g):
         total += (x * ((g @ g.mT) @ x)).sum(dim=(0, 1))
     else:
         for x_n, g_n in zip(x, g, strict=True):
@@ -119,15 +118,26 @@ def _add_lower_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def completed(kind: str, total: Tensor) -> Tensor:
-    """The sum of a kind when all batches were added: a moment gets its upper triangle."""
+    """The sum of a kind when all batches were added: a moment gets its upper triangle, in place."""
     if not KINDS[kind].lower or total.ndim < 2:
         return total
-    return total.tril() + total.tril(-1).T
+    size = -(-len(total) // GRAM_BLOCKS)
+    for start in range(0, len(total), size):
+        end = min(start + size, len(total))
+        block = total[start:end, start:end]
+        block.copy_(block.tril() + block.tril(-1).T)
+        total[:start, start:end] = total[start:end, :start].T
+    return total
+
+
+def _active_rows(values: Tensor, active: Tensor) -> Tensor:
+    """Those of the active tokens, of values [batch, tokens, n]: [active tokens, n]."""
+    return values.flatten(0, 1).index_select(0, active.flatten().nonzero()[:, 0])
 
 
 def add_activation_moment(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
     """total [in, in], or its diagonal [in], += Σ x xᵀ over the active tokens."""
-    kept = x.flatten(0, 1) * active.flatten()[:, None]
+    kept = _active_rows(x, active)
     if total.ndim == 1:
         total += kept.square().sum(dim=0)
     else:
@@ -146,17 +156,36 @@ def add_active_tokens(total: Tensor, x: Tensor, active: Tensor, context: Any = N
 
 def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [out, out] += Σ g gᵀ over tokens."""
-    _add_lower_gram(total, g.flatten(0, 1))
+    _add_lower_gram(total, _active_rows(g, active_tokens(g)))
 
 
 def add_kronecker_in(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
     """total [in, in] += Σ_n G_nᵀ B G_n for the current output factor B [out, out] = `context`."""
-    total += (x.mT @ ((g @ context @ g.mT) @ x)).sum(dim=0)
+    if _few_tokens(x, g):
+        total += (x.mT @ ((g @ context @ g.mT) @ x)).sum(dim=0)
+    else:
+        _add_products(total, x, g, context)
 
 
 def add_kronecker_out(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
     """total [out, out] += Σ_n G_n A G_nᵀ for the current input factor A [in, in] = `context`."""
-    total += (g.mT @ ((x @ context @ x.mT) @ g)).sum(dim=0)
+    if _few_tokens(x, g):
+        total += (g.mT @ ((x @ context @ x.mT) @ g)).sum(dim=0)
+    else:
+        _add_products(total, g, x, context)
+
+
+def _add_products(total: Tensor, a: Tensor, b: Tensor, between: Tensor) -> None:
+    """total += Σ_n Gᵀ B G for G = Σ_t b_t a_tᵀ of each sample n, and B = `between`."""
+    for a_n, b_n in zip(a, b, strict=True):
+        gradient = b_n.T @ a_n
+        total += gradient.T @ (between @ gradient)
+
+
+def _few_tokens(x: Tensor, g: Tensor) -> bool:
+    """Whether a Gram matrix [tokens, tokens] takes less than the gradient [out, in] of a sample."""
+    inputs, outputs = x.shape[2], g.shape[2]
+    return x.shape[1] * (inputs + outputs) <= inputs * outputs
 
 
 def add_fisher_in_eigenbasis(total: Tensor, x: Tensor, g: Tensor, context: tuple[Tensor, Tensor]) -> None:
