@@ -3,7 +3,8 @@
 transformers stacks the weights of all experts of a block, [experts, out, in], in the classes that it decorates with
 `use_experts_implementation`. Layers of their own can be factorized one by one.
 
-This file travels with saved checkpoints as remote code: it imports nothing but torch.
+This file travels with saved checkpoints as remote code: it imports nothing but torch and the file of the layers
+next to it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .layers_lowrank import is_plain_linear
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")  # set by the decorator
 # What `vars` of a module hold besides its own settings: what every module has, and the traces of accelerate's hooks.
@@ -69,7 +72,7 @@ class UnstackedExperts(nn.Module):
     @property
     def all_dense(self) -> bool:
         """Whether none of its layers is factorized, quantized or wrapped."""
-        return all(_is_plain(layer) for layer in self.linears())
+        return all(is_plain_linear(layer) for layer in self.linears())
 
     def linears(self) -> Iterator[nn.Module]:
         """The layer of every projection of every expert."""
@@ -153,14 +156,10 @@ def restack(experts: UnstackedExperts) -> nn.Module:
 
 def own_memory(experts: UnstackedExperts) -> None:
     """Copy the weights that are still views of the stacked parameters, so that those can be freed."""
-    for layer in filter(_is_plain, experts.linears()):
+    for layer in filter(is_plain_linear, experts.linears()):
         for parameter in layer.parameters():
             if parameter.untyped_storage().nbytes() > parameter.nbytes:
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
 def _unbound(experts: nn.Module, name: str) -> Iterator[nn.Linear]:

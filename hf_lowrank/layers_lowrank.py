@@ -168,7 +168,7 @@ class LowRankLinear(LowRankLayer):
 
     def product(self) -> Tensor:
         """`up.weight @ down.weight`, [out, in], formed now."""
-        if all(_is_plain(factor) for factor in self.linear_factors()):
+        if all(is_plain_linear(factor) for factor in self.linear_factors()):
             return self.up.weight @ self.down.weight
         # Quantized factors, or factors wrapped by an adapter: what the layer does to the unit vectors.
         like = self.up.weight
@@ -458,8 +458,9 @@ _ANSWERED_WITHOUT_VALUES = {getattr(Tensor, name).__get__ for name in _FREE_ATTR
 }
 
 
-def _is_plain(factor: nn.Module) -> bool:
-    return type(factor) is nn.Linear and type(factor.weight) is nn.Parameter and factor.weight.is_floating_point()
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is an nn.Linear that is neither quantized nor wrapped by an adapter."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_floating_point()
 
 
 def _stored_weight(linear: nn.Module) -> Tensor:

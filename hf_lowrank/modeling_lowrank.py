@@ -19,9 +19,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import transformers
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from torch import nn
@@ -526,11 +528,11 @@ class LowRankMixin(_ModelBase):
         return (info, *others)
 
     def initialize_weights(self) -> None:
-        # Some base classes' `_init_weights` writes to the bias of every nn.Linear, and `down` has none.
-        for module in self.modules():
-            if isinstance(module, LowRankLayer):
-                initialize_factors(module, std=getattr(self.config, "initializer_range", None) or 0.02)
-        super().initialize_weights()
+        layers = [module for module in self.modules() if isinstance(module, LowRankLayer)]
+        for layer in layers:
+            initialize_factors(layer, std=getattr(self.config, "initializer_range", None) or 0.02)
+        with _lent_biases(layers):
+            super().initialize_weights()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # The base class's patterns are for dense weights; a factorized embedding is tied by its factors.
@@ -569,6 +571,21 @@ class LowRankMixin(_ModelBase):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.base_model_class._can_set_experts_implementation()
+
+
+@contextmanager
+def _lent_biases(layers: Iterable[LowRankLayer]) -> Iterator[None]:
+    """Within the block no factor lacks a bias: some base classes' `_init_weights` write to that of every layer."""
+    factors = [factor for layer in layers for factor in layer.linear_factors()]
+    without = [factor._parameters for factor in factors if "bias" in factor._parameters and factor.bias is None]
+    lent = nn.Parameter(torch.empty(0), requires_grad=False)
+    try:
+        for parameters in without:
+            parameters["bias"] = lent
+        yield
+    finally:
+        for parameters in without:
+            parameters["bias"] = None
 
 
 def _conversions_for_factors(model: LowRankMixin, load_config: Any) -> list[Any]:

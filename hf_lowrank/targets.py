@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.experts_lowrank import UnstackedExperts, unstacked_names
-from hf_lowrank.layers_lowrank import CONVOLUTIONS, dense_weight
+from hf_lowrank.layers_lowrank import CONVOLUTIONS, LowRankLayer, dense_weight
 from hf_lowrank.modeling_lowrank import replace_by_identity, tied_layers
 from hf_lowrank.weights import is_sharded, whole_weight
 
@@ -32,7 +32,7 @@ def find_targets(
     Without `include` these are the linears inside the transformer blocks; with it, every linear, embedding and
     convolution of the model that a pattern names (a pooler or a head too only this way). An output layer tied to an
     embedding goes with it. Never targets are other layers whose weight is tied, subclasses that modelling code made its
-    own, and convolutions that are transposed, grouped (depthwise) or have a weight norm.
+    own, convolutions that are transposed, grouped (depthwise) or have a weight norm, and factors.
 
     Every projection of an expert whose weights are stacked is a linear layer, such as `experts.gate_up_proj.3`: a view
     of its slice, which is no module of the model as yet (see `unstacked`).
@@ -44,6 +44,8 @@ def find_targets(
     candidates = factorizable_linears(model) | stacked
     if include:
         candidates |= _chosen_by_name(model)
+    if include and not candidates:
+        raise LowRankError(f"{type(model).__name__} has no linear layer to factorize{_already_factorized(model)}")
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     if include:
         kept = {name for pattern in include for name in _matches(pattern, candidates)}
@@ -56,6 +58,7 @@ def find_targets(
         raise LowRankError(
             f"{type(model).__name__} has no linear layer to factorize{'' if include else ' inside of a block'}: "
             f"{len(kept)} were chosen, {len(dropped)} excluded; include chooses by name, from {nameable}"
+            f"{_already_factorized(model)}"
         )
     return targets | _views({name: stacked[name] for name in targets if name in stacked})
 
@@ -122,12 +125,24 @@ def _with_own_weight(model: PreTrainedModel, chosen: Callable[[nn.Module], bool]
     tied = _tied_names(model)
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in _not_factors(model)
         if chosen(module)
         and module is not model.get_output_embeddings()
         and owners.get(id(module.weight)) == 1  # None where a weight norm computes it
         and f"{name}.weight" not in tied
     }
+
+
+def _not_factors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by name, apart from layers that are factorized and what is inside them."""
+    layers = [module for module in model.modules() if isinstance(module, LowRankLayer)]
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    return ((name, module) for name, module in model.named_modules() if id(module) not in inside)
+
+
+def _already_factorized(model: nn.Module) -> str:
+    layers = sum(isinstance(module, LowRankLayer) for module in model.modules())
+    return f"; {layers} layers are factorized already, densify the model to choose other ranks" if layers else ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -145,7 +160,7 @@ def factorizable_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in _not_factors(model)
         if type(module) is nn.Embedding
         and module.max_norm is None
         and not module.sparse

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, compress, compute_statistics
-from hf_lowrank.allocation import ALLOCATIONS, Budget, Ranks, Spread, allocate, parameters, parse_count
+from hf_lowrank.allocation import (
+    ALLOCATIONS,
+    Budget,
+    ImpossibleBudget,
+    Ranks,
+    Spread,
+    allocate,
+    parameters,
+    parse_count,
+)
 from hf_lowrank.allocation.choices import layer_choices
 from hf_lowrank.allocation.costs import measured_latency
 from hf_lowrank.solvers import loss_per_error
@@ -143,6 +152,25 @@ def test_the_smallest_budgets_can_be_met_by_aligned_ranks() -> None:
     assert allocate(layers, 8192, Budget("rank_ratio", 0.05), Spread("greedy"), weights.__getitem__) == {"a": 5, "b": 1}
     bounds = Spread("greedy", floor=0.9, cap=1.1)  # around 13 lies no multiple of 8
     assert allocate(layers, 8192, Budget("rank_ratio", 0.2), bounds, weights.__getitem__) == {"a": 8, "b": 8}
+
+
+def test_layers_without_a_multiple_stay_dense() -> None:
+    layers: dict[str, nn.Module] = {"a": nn.Linear(64, 64), "b": nn.Linear(64, 6)}
+    for allocation in ("uniform", "greedy"):
+        spread = Spread(allocation, align=8)
+        ranks = allocate(layers, 4480, Budget("keep", 0.5), spread, lambda name: torch.ones(64 if name == "a" else 6))
+        assert ranks == {"a": 8, "b": None}
+
+
+def test_profiles_without_ranks_for_the_budget_are_refused() -> None:
+    layers: dict[str, nn.Module] = {"a": nn.Linear(64, 64), "head": nn.Linear(64, 1)}
+    profile: dict[str, dict[int, float]] = {"a": {8: 2.0, 16: 1.0}, "head": {}}  # no rank of the head saves anything
+    size, spread = 64 * 65, Spread("knapsack")
+    assert allocate(layers, size, Budget("keep", 0.6), spread, None, profile) == {"a": 16, "head": None}
+    with pytest.raises(ImpossibleBudget, match=r"keep 0\.2 cannot be met by the ranks that were profiled"):
+        allocate(layers, size, Budget("keep", 0.2), spread, None, profile)
+    with pytest.raises(LowRankError, match="a: the profile has no measured loss at a rank"):
+        allocate(layers, size, Budget("keep", 1), spread, None, {"a": {9: 2.0, 17: 1.0}, "head": {}})
 
 
 def test_floor_and_cap_bound_the_ranks_around_the_uniform_one() -> None:

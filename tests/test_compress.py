@@ -5,10 +5,11 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_lowrank import (
     CompressionConfig,
@@ -178,6 +179,16 @@ def test_a_compressed_model_can_be_compressed_further() -> None:
     model, first = compress(tiny_bert(), CompressionConfig("svd", 0.25, include=("query",)), progress=False)
     again, second = compress(model, CompressionConfig("svd", 0.25, include=("intermediate.dense",)), progress=False)
     assert set(again.config.ranks) == set(first.ranks) | set(second.ranks)
+
+
+def test_factors_are_not_factorized_again(tmp_path: Path) -> None:
+    model, first = compress(tiny_bert(), CompressionConfig("svd", 0.25, include=("query",)), progress=False)
+    model, second = compress(model, CompressionConfig("svd", 0.25), progress=False)
+    assert not set(first.ranks) & set(second.ranks)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.ranks == model.config.ranks
+    with pytest.raises(LowRankError, match="12 layers are factorized already, densify the model"):
+        compress(model, CompressionConfig("svd", 0.25), progress=False)
 
 
 def test_reports_survive_json() -> None:

@@ -321,6 +321,26 @@ def test_a_model_is_compressed_saved_and_loaded_and_made_dense_again(family: str
     torch.testing.assert_close(outputs(dense, batch), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_base_class_may_write_to_the_bias_of_every_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rates = {"downsampling_ratios": [2, 2], "upsampling_ratios": [2, 2], "codebook_size": 16, "codebook_dim": 8}
+    acoustic = t.DacConfig(encoder_hidden_size=8, decoder_hidden_size=32, hidden_size=16, n_codebooks=2, **rates)
+    convs = {"conv_dim": [16, 16], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2}
+    convs |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    configs = {"acoustic_model_config": acoustic, "semantic_model_config": t.HubertConfig(**sizes, **convs)}
+    codec = t.XcodecModel(t.XcodecConfig(**configs, codebook_size=16, codebook_dim=32, target_bandwidths=[1.0]))
+    config = CompressionConfig("svd", keep=0.5, include=("acoustic_encoder.*",))
+    low_rank, report = compress(codec, config, progress=False)
+    assert report.ranks
+    low_rank.save_pretrained(tmp_path)
+    loaded = t.AutoModel.from_pretrained(tmp_path)
+    found, expected = loaded.state_dict(), low_rank.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert type(loaded)(loaded.config).state_dict().keys() == expected.keys()  # with random weights
+
+
 def test_a_folder_is_verified_against_the_dense_model(tmp_path: Path) -> None:
     model = tiny_resnet()
     model.save_pretrained(tmp_path / "dense")

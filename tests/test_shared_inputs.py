@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lowrank import Statistics, compute_statistics
 from hf_lowrank.statistics.hooks import Recorder
@@ -50,6 +51,30 @@ def test_only_the_same_active_tokens_of_the_same_tensor_are_shared() -> None:
     assert output is not query
     first = moments["bert.encoder.layer.0.attention.self.query"]
     assert first is moments["bert.encoder.layer.0.attention.self.key"]
+
+
+class TwoReaders(PreTrainedModel):
+    """Two layers that read one tensor, of which the loss depends on at one position each."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PreTrainedConfig(num_labels=3))
+        self.readers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, states: torch.Tensor, labels: torch.Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.readers[0](states)[:, 0] + self.readers[1](states)[:, 1]
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_layers_that_are_read_at_as_many_other_positions_share_nothing() -> None:
+    states, labels = torch.randn(5, 6, 4), torch.tensor([0, 1, 2, 1, 0])
+    batches = [{"states": states, "labels": labels}]
+    moments = compute_statistics(TwoReaders(), batches, KINDS, progress=False).sums["activation_moment"]
+    for position in (0, 1):
+        read = states[:, position]
+        torch.testing.assert_close(moments[f"readers.{position}"], read.T @ read)
 
 
 def test_layers_part_at_the_first_batch_where_they_differ() -> None:

@@ -101,6 +101,12 @@ def test_whitening_attains_the_optimum_and_decomposes_only_the_moment_of_the_sho
     assert [("upper" in vars(side)) for side in (objective.left, objective.right)] == [n == 23 for n in shape]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(LowRankError, match="not finite"):
+        WhiteningScaling(torch.eye(3) * bad, 0.01)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 8, 20])
 def test_tfwsvd_never_increases_and_starts_from_the_two_sided_form(shape: tuple[int, int], rank: int) -> None:

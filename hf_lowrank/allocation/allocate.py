@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.allocation.budget import Budget, Limit, check_range, limit_of
+from hf_lowrank.allocation.budget import Budget, ImpossibleBudget, Limit, check_range, limit_of
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
 from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
@@ -93,6 +93,11 @@ def allocate(
         }
         if rule.losses == "profile":
             choices = {name: _profiled(name, each, profile) for name, each in choices.items()}
+            if cheapest(choices) > total * (1 + 1e-9):
+                raise ImpossibleBudget(
+                    f"{budget.kind} {budget.value:g} cannot be met by the ranks that were profiled, the smallest of "
+                    f"which take {limit.shown(cheapest(choices)):g}: profile smaller ones (`ratios` of profile_losses)"
+                )
         chosen = rule.decide(choices, max(total, cheapest(choices)))
     return {name: choices[name].ranks[index] for name, index in chosen.items()}
 
@@ -177,7 +182,7 @@ def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:
     """The choices of a layer that were measured, and dense, with losses made to never rise with the rank."""
     measured = (profile or {}).get(name, {})
     kept = [n for n, rank in enumerate(each.ranks) if rank is None or rank in measured]
-    if not measured or not kept:
+    if each.ranks != (None,) and not any(rank in measured for rank in each.ranks):
         raise LowRankError(
             f"{name}: the profile has no measured loss at a rank that the bounds allow; see "
             "hf_lowrank.profiling.profile_losses"

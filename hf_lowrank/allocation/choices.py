@@ -38,12 +38,14 @@ def layer_choices(
 ) -> Choices:
     """The `candidates` from `least` to `most` that cost less than the dense layer, and the dense layer itself.
 
-    Candidates are ascending ranks, all unless given; where none is within the bounds, the next below `most` is taken.
+    Candidates are ascending ranks, all unless given; where none is within the bounds, the next below `most` is taken,
+    and without any that cost less the layer stays dense.
     `spectrum` [min(out, in)] is what discarding each direction adds to the loss, largest first: a rank loses the sum
     of those beyond it. `most` below break-even forbids the dense layer too.
     """
     dense = cost(shape, None)
-    saving = [r for r in candidates or range(1, min(shape) + 1) if cost(shape, r) < dense]
+    candidates = range(1, min(shape) + 1) if candidates is None else candidates
+    saving = [r for r in candidates if cost(shape, r) < dense]
     allowed = [r for r in saving if least <= r <= most] or [r for r in saving if r <= most][-1:] or saving[:1]
     capped = bool(saving) and most < saving[-1]
     ranks: tuple[int | None, ...] = (*allowed,) if capped else (*allowed, None)

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.factors import Factors
 
 # Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
@@ -64,10 +65,15 @@ class WhiteningScaling(Scaling):
     """S with SᵀS = M + damping · mean(diag M) · I, for a second moment M [n, n]: the transposed Cholesky factor.
 
     The damping is relative to the scale of M, so that any moment, rank-deficient ones included, can be whitened.
+
+    Raises:
+        LowRankError: M is not finite.
     """
 
     def __init__(self, moment: Tensor, damping: float) -> None:
         moment = moment.to(torch.float64, copy=True)
+        if not torch.isfinite(moment.sum()):
+            raise LowRankError("a moment of the statistics is not finite: measure them again, in float32")
         mean = moment.diagonal().mean()
         self.mean = torch.where(mean > 0, mean, 1.0)  # all zero: nothing is more important than the rest
         self.moment, self.damping = moment, damping

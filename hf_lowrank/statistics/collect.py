@@ -212,12 +212,13 @@ class _Pass:
         x, g = x.float() if x.is_floating_point() else x, g.float()
         largest = g.abs().amax(dim=-1, keepdim=True)
         self.finite[name] = torch.isfinite(largest).all(dim=1)[:, 0]
-        x, g, active = _reached(x, g, active_tokens(largest))
-        for kind in self.kinds:
-            accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
+        active = active_tokens(largest)
         if self.shared is not None and not self.probing:
             readers = self.recorder.readers(name) if x.is_floating_point() else (name,)
-            self.shared.arrive(name, x, active, readers)
+            self.shared.arrive(name, x, active, readers)  # whole: readers may be reached at different positions
+        x, g = _reached(x, g, active)
+        for kind in self.kinds:
+            accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
 
     def _context(self, kind: str, name: str) -> Any:
         """What an earlier pass knows that this kind needs, prepared once for each layer."""
@@ -323,13 +324,13 @@ def _check_finite(finite: dict[str, Tensor], first: int) -> None:
     raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
 
 
-def _reached(x: Tensor, g: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _reached(x: Tensor, g: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Without the positions that are active in no sample, such as all but the first in a last layer: they add nothing.
 
     x [batch, tokens, in], g [batch, tokens, out], active [batch, tokens].
     """
     kept = active.any(dim=0)
-    return (x, g, active) if kept.all() else (x[:, kept], g[:, kept], active[:, kept])
+    return (x, g) if kept.all() else (x[:, kept], g[:, kept])
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
