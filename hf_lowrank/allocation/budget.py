@@ -12,7 +12,7 @@ from hf_lowrank.errors import LowRankError
 # Every budget, its unit and its meaning: the one definition of each.
 BUDGETS = {
     "rank_ratio": "rank / min(in, out) of every targeted layer; allocations but the uniform one get as many parameters",
-    "keep": "share of the targeted layers' parameters to keep",
+    "keep": "share to keep of the targeted layers' parameters, those that no sample reached apart",
     "keep_model": "share of the whole model's parameters to keep",
     "params": "parameters of the whole compressed model, such as 66.5M",
     "flops": "floating-point operations of one token through the targeted layers, such as 28M",
