@@ -5,6 +5,7 @@ from torch import nn
 
 from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for, steady_clock
 from hf_lowrank import LowRankLinear
+from hf_lowrank.layers_lowrank import InterpolativeLinear
 
 SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072))
 TOKENS = (1, 16, 128, 1024)
@@ -23,7 +24,8 @@ def run(options: Options) -> Result:
     clock = "the thread's CPU time" if torch.get_num_threads() == 1 else "wall time"
     notes = [
         f"Share realised: the speed-up divided by the ratio of multiplications. Float32, with bias; {clock}. "
-        f"Ranks as the ratio gives them, and rounded to the nearest multiple of {ALIGN}."
+        f"Ranks as the ratio gives them, and rounded to the nearest multiple of {ALIGN}. Last, the interpolative form "
+        "of the same rank, and its parameters over those of two factors."
     ]
     return Result(
         f"layer: nn.Linear against LowRankLinear, rank ratio {RANK_RATIO}",
@@ -38,9 +40,10 @@ def _rank(shape: tuple[int, int], align: int) -> int:
 
 
 def _measure(in_features: int, out_features: int, rank: int, tokens: int, rounds: int) -> tuple[Row, dict]:
-    dense, low_rank = nn.Linear(in_features, out_features), LowRankLinear(in_features, out_features, rank)
+    shape = (in_features, out_features)
+    dense, low_rank, minimal = nn.Linear(*shape), LowRankLinear(*shape, rank), InterpolativeLinear(*shape, rank)
     x = torch.randn(tokens, in_features)
-    competitors = {"dense": lambda: dense(x), "low": lambda: low_rank(x)}
+    competitors = {"dense": lambda: dense(x), "low": lambda: low_rank(x), "interpolative": lambda: minimal(x)}
     seconds = alternate(competitors, rounds, repeats_for(competitors["dense"]), steady_clock())
     speedup = ratio(seconds["dense"], seconds["low"])
     arithmetic = in_features * out_features / (rank * (in_features + out_features))
@@ -53,5 +56,7 @@ def _measure(in_features: int, out_features: int, rank: int, tokens: int, rounds
         "speed-up": speedup.text(),
         "arithmetic": f"{arithmetic:.2f}",
         "share realised": f"{speedup.median / arithmetic:.0%}",
+        "interpolative, speed-up": ratio(seconds["dense"], seconds["interpolative"]).text(),
+        "parameters of factors": f"{minimal.num_parameters() / low_rank.num_parameters():.0%}",
     }
     return row, {"in": in_features, "out": out_features, "rank": rank, "tokens": tokens, "seconds": seconds}

@@ -12,6 +12,7 @@ from benchmarks.harness import Options, Result, Row, alternate, ratio, steady_cl
 from benchmarks.models import random_bert
 from hf_lowrank import LowRankLinear
 from hf_lowrank.bench.measure import operations
+from hf_lowrank.forms import to_form
 from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
 from hf_lowrank.targets import find_targets, weight_shape
 
@@ -39,12 +40,13 @@ def run(options: Options) -> Result:
 def _measure(name: str, layers: int, hidden: int, rounds: int) -> tuple[list[Row], dict[str, Any]]:
     dense = random_bert(layers, hidden)
     models = {"dense": dense, "as it comes": low_rank_copy(dense, 1), "aligned": low_rank_copy(dense, ALIGN)}
+    models["aligned, interpolative"] = to_form(low_rank_copy(dense, ALIGN), "interpolative")
     ids = torch.randint(1000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     calls = {which: _call(model, ids) for which, model in models.items()}
     counts = {which: operations(call) for which, call in calls.items()}
     seconds = alternate(calls, rounds, clock=steady_clock())
     rows = []
-    for which in ("as it comes", "aligned"):
+    for which in list(models)[1:]:
         speedup = ratio(seconds["dense"], seconds[which])
         arithmetic = counts["dense"] / counts[which]
         ranks = sorted({m.rank for m in models[which].modules() if isinstance(m, LowRankLinear)})

@@ -204,7 +204,9 @@ class Interpolation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         kept, others = self.order.tensor_split([self.out_features])
-        return input.index_select(-1, kept) + self.rest(input.index_select(-1, others))
+        rows = input.reshape(-1, self.in_features)  # choosing columns of more dimensions takes ten times as long
+        output = rows.index_select(1, kept) + self.rest(rows.index_select(1, others))
+        return output.reshape(*input.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:
