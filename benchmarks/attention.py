@@ -123,7 +123,8 @@ class _Study:
         """Layers of one input as a single matrix, their outputs one below the other."""
         weight = torch.cat([self.layers[name].weight.detach() for name in names])
         gradients = torch.block_diag(*(_damped(self.statistics.mean("gradient_moment", name)) for name in names))
-        right = self._objective(names[0], self.statistics.mean("gradient_moment", names[0])).right
+        # Of the last name, the values: in a last layer queries are active at the one position that the head reads.
+        right = self._objective(names[-1], self.statistics.mean("gradient_moment", names[-1])).right
         objective = Scaled(WhiteningScaling(gradients, 0.0), right)  # each damped by its own scale
 
         def change(layers: dict[str, Any], rank: int) -> None:

@@ -118,7 +118,7 @@ def compress(
             other shapes; the budget cannot be met; the model is sharded over processes.
     """
     model = unwrapped(model)
-    targets = _checked_targets(model, config)
+    targets = checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
     before, started = model.num_parameters(), time.perf_counter()
     left = unreached(targets, statistics)
@@ -145,8 +145,12 @@ def compress(
     return model, report
 
 
-def _checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, nn.Module]:
-    """The layers to factorize, once it is known that they can be."""
+def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, nn.Module]:
+    """The layers to factorize, once it is known that they can be: before anything is measured for it.
+
+    Raises:
+        LowRankError: as `find_targets` and `check_weights`; the model is sharded; the form is for linear layers only.
+    """
     if is_sharded(model):
         raise LowRankError(
             "the model is sharded by FSDP2, and a sharded layer cannot be replaced: save the statistics measured on "

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile, get_allocation
 from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.compress import CompressionConfig, compress
+from hf_lowrank.compress import CompressionConfig, checked_targets, compress
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluate import predict_rows, score_predictions
 from hf_lowrank.files import read_json, write_json
@@ -27,7 +27,6 @@ from hf_lowrank.progress import bar
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import digest
-from hf_lowrank.targets import find_targets
 from hf_lowrank.tasks import Task, collator, load_validation
 
 SETTINGS, RESULTS, STATISTICS = "sweep.json", "results.jsonl", "statistics"
@@ -100,7 +99,6 @@ def sweep(
     Raises:
         LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, model, task, config, origin or {})
     bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {})
     done = {_key(record): record for record in read_results(folder)}
@@ -251,7 +249,7 @@ class _Bench:
 
 def _claim(folder: Path, model: PreTrainedModel, task: Task, config: SweepConfig, origin: dict[str, Any]) -> None:
     """Note what the folder's results are of, or raise where that is something else."""
-    weights = "".join(digest(module) for module in find_targets(model, config.include, config.exclude).values())
+    weights = "".join(digest(module) for module in checked_targets(model, config.runs()[0]).values())
     fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
     settings = {
         "weights": hashlib.blake2b(weights.encode(), digest_size=16).hexdigest(),
@@ -263,6 +261,7 @@ def _claim(folder: Path, model: PreTrainedModel, task: Task, config: SweepConfig
     settings |= {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in fixed}
     path = folder / SETTINGS
     if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         return write_json(path, settings)
     before = read_json(path)
     differing = [name for name in settings if settings[name] != before.get(name)]

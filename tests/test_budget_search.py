@@ -156,3 +156,17 @@ def test_budgets_and_searches_from_the_command(
         assert code == 2
         assert message in error
         assert not (tmp_path / "c").exists()
+
+
+def test_a_form_that_does_not_fit_is_refused_before_anything_is_measured(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    model, data = trained
+    common = [model, "--task", "cola", "--data-dir", data, "--samples", "16", "--include", "word_embeddings"]
+    for command in ("compress", "sweep"):
+        words = [command, *common, "--form", "interpolative", "--method", "kfac", "--output", tmp_path / command]
+        code, _, error = run(monkeypatch, capfd, *words)
+        assert code == 2
+        assert "the interpolative form is for linear layers" in error
+        assert "statistics:" not in error  # the progress bar of the measurement
+        assert not (tmp_path / command).exists()

@@ -50,7 +50,7 @@ from hf_lowrank.cli.options import (
     patterns,
 )
 from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
-from hf_lowrank.compress import CompressionConfig, compress
+from hf_lowrank.compress import CompressionConfig, checked_targets, compress
 from hf_lowrank.evaluate import evaluate
 from hf_lowrank.hub import push_folder, refuse_without_token
 from hf_lowrank.loading import load_model, stored_dtype
@@ -58,7 +58,6 @@ from hf_lowrank.saving import add_facts, save_compressed
 from hf_lowrank.solvers import OPTIMIZERS
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import content_digest
-from hf_lowrank.targets import check_weights, find_targets
 from hf_lowrank.tasks import get_task
 
 
@@ -125,8 +124,7 @@ def compress_command(
         refuse_without_token()  # before the work, not after it
     memory, sums_at = check_memory(model, the_task, config.needs, config.include, config.exclude, batch_size)
     loaded, tokenizer = load_model(model, the_task)
-    targets = find_targets(loaded, config.include, config.exclude)
-    check_weights(targets)
+    targets = checked_targets(loaded, config)
     check_budget(targets, loaded.num_parameters(), config.budget, config.spread, config.form)
     del targets  # which would keep replaced layers
     facts: dict[str, Any] = {"base_model": public_name(model), "task": the_task.name, "versions": versions()}

@@ -22,6 +22,7 @@ from hf_lowrank.cli.options import (
     SeedOption,
     TaskOption,
     TextColumnOption,
+    patterns,
 )
 from hf_lowrank.loading import load_model
 from hf_lowrank.solvers import METHODS
@@ -75,8 +76,8 @@ def sweep_command(
         bf16,
         samples,
         seed,
-        include=tuple(include) if include else None,
-        exclude=tuple(exclude) if exclude else None,
+        include=patterns(include),
+        exclude=patterns(exclude),
         align=align,
         form=form,
     )
