@@ -53,8 +53,7 @@ def run(options: Options) -> Result:
                 config = CompressionConfig(method, ratio, allocation, include=INCLUDE)
                 low_rank, report = compress(copy.deepcopy(model), config, statistics, progress=False)
                 share, scored = report.targeted_after / report.targeted_before, accuracy(low_rank, test)
-                update_bn((batch["pixel_values"] for batch in _batches(training)), low_rank)
-                again = accuracy(low_rank, test)
+                again = accuracy(normalised(low_rank, training), test)
                 row[f"{ratio:.0%}"] = f"{scored:.1f}, {again:.1f} ({share:.0%})"
                 facts = {"method": method, "allocation": allocation, "rank_ratio": ratio, "parameters": share}
                 figures.append({**facts, "accuracy": scored, "accuracy_normalised": again})
@@ -100,6 +99,12 @@ def train(images: Images, epochs: int = EPOCHS) -> PreTrainedModel:
                 optimizer.zero_grad()
             shown.update()
     return model.eval()
+
+
+def normalised(model: PreTrainedModel, images: Images) -> PreTrainedModel:
+    """The model, in place, with the means and variances that its batch normalization meets on these images."""
+    update_bn((batch["pixel_values"] for batch in _batches(images)), model)
+    return model
 
 
 @torch.inference_mode()
