@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.experts_lowrank import is_stacked, unstacked_names
-from hf_lowrank.progress import bar
-from hf_lowrank.targets import find_targets
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.experts_lowrank import is_stacked, unstacked_names
 
 PAGE = Path(__file__).with_name("architectures.md")
 KINDS = ("linears of blocks", "embeddings", "convolutions", "3-D parameters", "other")

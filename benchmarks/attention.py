@@ -22,16 +22,16 @@ from hf_lowrank import compute_statistics
 from hf_lowrank.allocation import ALLOCATIONS
 from hf_lowrank.allocation.choices import Choices, layer_choices
 from hf_lowrank.allocation.costs import parameters
-from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.evaluate import evaluate_splits
-from hf_lowrank.loading import load_model
-from hf_lowrank.progress import bar
+from hf_lowrank.folder.loading import load_model
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.solvers.methods import GRADIENT_DAMPING
 from hf_lowrank.solvers.scaled import Scaled, WhiteningScaling
-from hf_lowrank.targets import find_targets
 from hf_lowrank.tasks import get_task, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import evaluate_splits
 
 PATTERNS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 SHARES = (0.66, 0.5, 0.33, 0.2, 0.1)  # of the parameters of all linears of the blocks

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness import Options, Result, Row
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
-from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.evaluate import evaluate_splits
-from hf_lowrank.loading import load_model
-from hf_lowrank.progress import bar
+from hf_lowrank.folder.loading import load_model
+from hf_lowrank.jobs.progress import bar
 from hf_lowrank.solvers import methods
 from hf_lowrank.tasks import get_task, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import evaluate_splits
 
 STUDIED = (("kfac", "greedy", 0.2), ("whiten-diag", "greedy", 0.2), ("tfwsvd", "uniform", 0.33))
 SAMPLES = (64, 256, 512, 1024, 4096)

@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for, steady_clock
 from benchmarks.model_speed import ALIGN, RANK_RATIO, low_rank_copy
 from benchmarks.models import random_bert
-from hf_lowrank.bench.measure import operations
+from hf_lowrank.studies.bench.measure import operations
 
 SHAPES = ((32, 128), (1, 128), (1, 16))  # batch × tokens
 MODES = ("eager", "compiled", "packed")

@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 from benchmarks.fisher import train_pass
 from benchmarks.harness import Options, Result, Row, Spread, alternate, ratio
 from benchmarks.models import random_importance, random_weight
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.layers_lowrank import dense_weight
-from hf_lowrank.loading import load_model
+from hf_lowrank.folder.loading import load_model
+from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.solvers.elementwise import FLOOR, ElementWise
 from hf_lowrank.solvers.optimizers import OPTIMIZERS, Solution
 from hf_lowrank.statistics import Statistics, compute_fisher
-from hf_lowrank.targets import find_targets
 from hf_lowrank.tasks import Task, get_task, load_split
+from hf_lowrank.tasks.calibration import calibration_loader
 
 SHAPE, RANK, RANK_RATIO = (384, 1536), 101, 0.33
 LAYERS, FISHER_SAMPLES, EPOCH_SAMPLES = 4, 256, 320

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassifica
 
 from benchmarks.harness import Options, Result, Row
 from hf_lowrank import METHODS, CompressionConfig, compress, compute_statistics
-from hf_lowrank.progress import bar
-from hf_lowrank.targets import find_targets
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import find_targets
 
 INCLUDE = ("convolution",)
 COMPARED = (

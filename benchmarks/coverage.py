@@ -25,7 +25,7 @@ from benchmarks.architectures import write_page
 from benchmarks.harness import Options, Result
 from benchmarks.tiny import outputs, tiny_models
 from hf_lowrank import CompressionConfig, LowRankError, compress
-from hf_lowrank.progress import bar
+from hf_lowrank.jobs.progress import bar
 
 REPRESENTATIVE = (
     *("bert", "roberta", "distilbert", "albert", "mobilebert", "deberta-v2", "electra", "gpt2", "llama", "qwen3"),

@@ -11,10 +11,10 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, set
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for, steady_clock
-from hf_lowrank.compress import CompressionConfig, compress
-from hf_lowrank.experts_lowrank import UnstackedExperts
-from hf_lowrank.layers_lowrank import LowRankLinear
-from hf_lowrank.progress import bar
+from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.nn.experts_lowrank import UnstackedExperts
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
 from hf_lowrank.statistics import Statistics, compute_statistics
 
 SEED = 0

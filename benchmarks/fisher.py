@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Options, Result, Row, Spread, alternate, ratio
 from benchmarks.models import Batch, random_batches, random_bert
 from hf_lowrank import compute_fisher
-from hf_lowrank.targets import find_targets
+from hf_lowrank.model.targets import find_targets
 
 SAMPLES = 256
 BATCH_SIZES = (16, 32)

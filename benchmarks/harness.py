@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_lowrank.bench.machine import machine_facts
+from hf_lowrank.studies.bench.machine import machine_facts
 
 __all__ = [
     "Options",

@@ -5,7 +5,7 @@ from torch import nn
 
 from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for, steady_clock
 from hf_lowrank import LowRankLinear
-from hf_lowrank.layers_lowrank import InterpolativeLinear
+from hf_lowrank.nn.layers_lowrank import InterpolativeLinear
 
 SHAPES = ((384, 384), (384, 1536), (768, 768), (768, 3072))
 TOKENS = (1, 16, 128, 1024)

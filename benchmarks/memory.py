@@ -15,10 +15,10 @@ from torch import nn
 from benchmarks.harness import Options, Result, Row
 from benchmarks.models import random_bert, random_importance
 from hf_lowrank import CompressionConfig, Statistics, compress
-from hf_lowrank.layers_lowrank import dense_weight
+from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics.container import digest
-from hf_lowrank.targets import find_targets, weight_shape
 
 LAYERS, HIDDEN = 12, 768
 INTERVAL = 0.001  # seconds between two looks at the memory

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Options, Result, Row, alternate, ratio, steady_clock
 from benchmarks.models import random_bert
 from hf_lowrank import LowRankLinear
-from hf_lowrank.bench.measure import operations
-from hf_lowrank.forms import to_form
-from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
-from hf_lowrank.targets import find_targets, weight_shape
+from hf_lowrank.model.forms import to_form
+from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.studies.bench.measure import operations
 
 SHAPES = {"MiniLM-L6": (6, 384), "BERT-base": (12, 768)}
 BATCH, LENGTH = 32, 128

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness import Options, Result, steady_clock
 from hf_lowrank import METHODS, CompressionConfig, compress, compute_statistics
-from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.loading import load_model
-from hf_lowrank.saving import save_compressed
+from hf_lowrank.folder.loading import load_model
+from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.tasks import get_task
+from hf_lowrank.tasks.calibration import calibration_loader
 
 CONFIG = CompressionConfig("kfac", 0.33)
 PASSES, MOMENTS, FACTORS = "forward and backward passes", "moments and checks", "ranks and factors"

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from benchmarks.harness import Options, Result, Row, Spread, ratio
 from benchmarks.models import random_batches, random_bert
 from hf_lowrank import CompressionConfig, compress, compute_statistics
-from hf_lowrank.distributed import from_everyone, start_processes
+from hf_lowrank.jobs.distributed import from_everyone, start_processes
 
 PROCESSES = (1, 2)
 LAYERS, HIDDEN, VOCABULARY = 4, 384, 1000

@@ -4,13 +4,13 @@ model + task data → statistics (Fisher …) → ranks → factors → replace 
 evaluate
 """
 
-from hf_lowrank.compress import CompressionConfig, compress
-from hf_lowrank.configuration_lowrank import LowRankConfig
+from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.hub import push_folder
-from hf_lowrank.layers_lowrank import LowRankLinear
-from hf_lowrank.modeling_lowrank import register
-from hf_lowrank.report import CompressionReport
+from hf_lowrank.folder.hub import push_folder
+from hf_lowrank.nn.configuration_lowrank import LowRankConfig
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
+from hf_lowrank.nn.modeling_lowrank import register
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.statistics import Statistics, compute_fisher, compute_statistics
 

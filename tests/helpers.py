@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
 
 VOCABULARY, HIDDEN, WIDE, RANK = 64, 32, 64, 8
 

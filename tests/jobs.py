@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lowrank import cli
-from hf_lowrank.distributed import start_processes
+from hf_lowrank.jobs.distributed import start_processes
 from tests.helpers import bert_config
 
 WORDS = [f"w{n}" for n in range(40)]

@@ -19,8 +19,8 @@ from hf_lowrank.allocation import (
 )
 from hf_lowrank.allocation.choices import layer_choices
 from hf_lowrank.allocation.costs import measured_latency
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers import loss_per_error
-from hf_lowrank.targets import find_targets
 from tests.helpers import tiny_bert, token_ids
 
 SHAPES = {"a": (8, 8), "b": (8, 16), "c": (16, 8)}  # (out, in)

@@ -17,7 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, Statistics, cli, compress, compute_statistics
-from hf_lowrank.analysis import (
+from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.layers_lowrank import dense_weight
+from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
+from hf_lowrank.studies.analysis import (
     Analysis,
     AnalysisConfig,
     Baseline,
@@ -36,19 +39,22 @@ from hf_lowrank.analysis import (
     needed_statistics,
     replaced_weights,
 )
-from hf_lowrank.analysis.evaluator import _jackknife_error, curvature_of
-from hf_lowrank.analysis.findings import _misjudged
-from hf_lowrank.analysis.predictor import spearman
-from hf_lowrank.analysis.rank_sweep import rank_sweep
-from hf_lowrank.analysis.recommend import LEAVE_DENSE, SVD_ENOUGH, USE_WEIGHTING, recommend_layers, recommend_model
-from hf_lowrank.analysis.study import Study
-from hf_lowrank.analysis.truncation import directions, group_slice, truncate_groups
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.evaluate import Predictions, evaluate_splits
-from hf_lowrank.layers_lowrank import dense_weight
-from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
-from hf_lowrank.targets import find_targets
+from hf_lowrank.studies.analysis.evaluator import _jackknife_error, curvature_of
+from hf_lowrank.studies.analysis.findings import _misjudged
+from hf_lowrank.studies.analysis.predictor import spearman
+from hf_lowrank.studies.analysis.rank_sweep import rank_sweep
+from hf_lowrank.studies.analysis.recommend import (
+    LEAVE_DENSE,
+    SVD_ENOUGH,
+    USE_WEIGHTING,
+    recommend_layers,
+    recommend_model,
+)
+from hf_lowrank.studies.analysis.study import Study
+from hf_lowrank.studies.analysis.truncation import directions, group_slice, truncate_groups
 from hf_lowrank.tasks import TASKS, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import Predictions, evaluate_splits
 from tests.helpers import bert_config, outputs, tiny_bert, tiny_gpt2
 
 TASK = TASKS["stsb"]

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks import architectures, coverage
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_fisher, compute_statistics
-from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.targets import find_targets, unstacked
+from hf_lowrank.model.targets import find_targets, unstacked
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WORDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

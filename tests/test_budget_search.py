@@ -10,8 +10,8 @@ import torch
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
-from hf_lowrank.profiling import mean_loss, profile_losses
-from hf_lowrank.search import search_smallest
+from hf_lowrank.compression.profiling import mean_loss, profile_losses
+from hf_lowrank.compression.search import search_smallest
 from hf_lowrank.statistics import Statistics
 from tests.helpers import bert_config, tiny_bert, token_ids
 from tests.tiny_task import run, tiny_tokenizer, write_cola

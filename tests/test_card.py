@@ -17,10 +17,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, compress
-from hf_lowrank.card import base_facts, render_card, rendered_as
-from hf_lowrank.citations import citations
-from hf_lowrank.modeling_lowrank import card_for
-from hf_lowrank.saving import add_facts, read_record, save_compressed
+from hf_lowrank.folder.card import base_facts, render_card, rendered_as
+from hf_lowrank.folder.citations import citations
+from hf_lowrank.folder.saving import add_facts, read_record, save_compressed
+from hf_lowrank.nn.modeling_lowrank import card_for
 from tests.helpers import tiny_bert, tiny_gpt2, word_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -263,7 +263,7 @@ def test_the_wheel_has_the_template(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     assert not (tmp_path / "model_cards").exists()
-    script = "import sys, hf_lowrank.card as card; print(card.__file__); card._template().read_text()"
+    script = "import sys, hf_lowrank.folder.card as card; print(card.__file__); card._template().read_text()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

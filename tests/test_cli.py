@@ -188,7 +188,7 @@ def test_an_interrupted_save_leaves_what_was_there(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_lowrank.saving.write_json", fails)
+    monkeypatch.setattr("hf_lowrank.folder.saving.write_json", fails)
     words = ("compress", model, "--task", "cola", "--data-dir", data, "--method", "svd", "--output", out)
     assert run(monkeypatch, capfd, *words, "--overwrite")[0] == 130
     left = [path for path in tmp_path.rglob("*") if tmp_path / "out.work" not in (path, *path.parents)]  # to go on with

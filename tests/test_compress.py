@@ -21,8 +21,8 @@ from hf_lowrank import (
     compute_fisher,
 )
 from hf_lowrank.allocation import uniform_ranks
-from hf_lowrank.layers_lowrank import dense_weight
-from hf_lowrank.targets import factorizable_linears, find_targets, weight_shape
+from hf_lowrank.model.targets import factorizable_linears, find_targets, weight_shape
+from hf_lowrank.nn.layers_lowrank import dense_weight
 from tests.helpers import outputs, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -71,7 +71,7 @@ def test_full_rank_factors_compute_the_same(architecture: str) -> None:
     expected = outputs(model)
     with pytest.MonkeyPatch.context() as patch:
         full = lambda targets, *rest: {name: min(weight_shape(module)) for name, module in targets.items()}  # noqa: E731
-        patch.setattr(sys.modules["hf_lowrank.compress"], "allocate", full)
+        patch.setattr(sys.modules["hf_lowrank.compression.compress"], "allocate", full)
         low_rank, report = compress(model, CompressionConfig("svd", 1.0), progress=False)
     assert report.layers
     assert all(layer.relative_error < 1e-5 for layer in report.layers)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_lowrank.configuration_lowrank import validate_ranks
+from hf_lowrank.nn.configuration_lowrank import validate_ranks
 from tests.helpers import factorize, tiny_bert
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

@@ -17,15 +17,15 @@ from torch.nn.utils import parametrizations
 from benchmarks import convolutions
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.allocation import Budget, Spread, check_budget
-from hf_lowrank.analysis.inplace import replaced_weights
-from hf_lowrank.densify import densify
-from hf_lowrank.inspection import inspect
-from hf_lowrank.layers_lowrank import LowRankConv, as_stored, dense_weight
-from hf_lowrank.memory import estimate_memory
-from hf_lowrank.saving import save_compressed
+from hf_lowrank.compression.memory import estimate_memory
+from hf_lowrank.folder.densify import densify
+from hf_lowrank.folder.inspect import inspect
+from hf_lowrank.folder.saving import save_compressed
+from hf_lowrank.folder.verify import verify
+from hf_lowrank.model.targets import factorizable_convolutions, find_targets
+from hf_lowrank.nn.layers_lowrank import LowRankConv, as_stored, dense_weight
 from hf_lowrank.statistics.patches import patches
-from hf_lowrank.targets import factorizable_convolutions, find_targets
-from hf_lowrank.verify import verify
+from hf_lowrank.studies.analysis.inplace import replaced_weights
 from tests.helpers import truncated_svd
 
 CONVOLUTIONS = ("convolution",)

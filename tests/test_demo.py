@@ -13,8 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_lowrank import demo
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.evaluate import evaluate_rows
 from hf_lowrank.tasks import encode
+from hf_lowrank.training.evaluate import evaluate_rows
 
 WORTHS = {"food": {"food0": 2.0, "food3": -0.5}, "room": {"room1": 9.0}}
 

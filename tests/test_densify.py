@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError
-from hf_lowrank.densify import densify, densify_folder
-from hf_lowrank.layers_lowrank import LowRankLinear
-from hf_lowrank.modeling_lowrank import LowRankMixin
+from hf_lowrank.folder.densify import densify, densify_folder
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from tests.helpers import factorize, outputs, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
-from hf_lowrank.distributed import divided, on_main, shares
+from hf_lowrank.jobs.distributed import divided, on_main, shares
+from hf_lowrank.model.weights import model_digest, unwrapped
 from hf_lowrank.statistics.collect import lockstep
 from hf_lowrank.statistics.shared import InputSums
-from hf_lowrank.weights import model_digest, unwrapped
 from tests.helpers import outputs, tiny_bert, tiny_llama
 from tests.jobs import ROOT, Job, content, hf_lowrank, launch, make_data, make_model
 from tests.test_statistics import padded_batch

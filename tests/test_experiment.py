@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from hf_lowrank import LowRankError
-from hf_lowrank.experiment import load_recipe, plan_of, run_recipe, tables_of
-from hf_lowrank.experiment.recipe import Recipe, parse_recipe
-from hf_lowrank.experiment.run import steps_of
-from hf_lowrank.experiment.store import Store
-from hf_lowrank.experiment.tables import rows_of
+from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
+from hf_lowrank.studies.experiment.recipe import Recipe, parse_recipe
+from hf_lowrank.studies.experiment.run import steps_of
+from hf_lowrank.studies.experiment.store import Store
+from hf_lowrank.studies.experiment.tables import rows_of
 from tests.tiny_task import run, write_cola, write_encoder
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))

@@ -28,21 +28,21 @@ from transformers import (
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
-from hf_lowrank.analysis import replaced_weights
-from hf_lowrank.checkpoint import Work
-from hf_lowrank.compress import CompressionConfig, compress
-from hf_lowrank.densify import densify
+from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.memory import statistics_bytes
+from hf_lowrank.compression.profiling import profile_losses
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.experts_lowrank import UnstackedExperts, is_stacked, projections, restack
-from hf_lowrank.export import export_onnx
-from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.memory import statistics_bytes
-from hf_lowrank.modeling_lowrank import LowRankMixin, replace_module, to_low_rank_class
-from hf_lowrank.plots import ranks_figure
-from hf_lowrank.profiling import profile_losses
+from hf_lowrank.folder.densify import densify
+from hf_lowrank.folder.export import export_onnx
+from hf_lowrank.folder.picture import ranks_figure
+from hf_lowrank.folder.verify import FAIL, verify
+from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.model.targets import find_targets, unstacked
+from hf_lowrank.nn.experts_lowrank import UnstackedExperts, is_stacked, projections, restack
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin, replace_module, to_low_rank_class
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.targets import find_targets, unstacked
-from hf_lowrank.verify import FAIL, verify
+from hf_lowrank.studies.analysis import replaced_weights
 from tests.helpers import VOCABULARY, token_ids, truncated_svd
 from tests.test_remote_code import WITHOUT_LIBRARY, runs_to_its_end
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_lowrank import LowRankError, cli
-from hf_lowrank.export import _to_onnx as to_onnx
-from hf_lowrank.export import export_onnx
+from hf_lowrank.folder.export import _to_onnx as to_onnx
+from hf_lowrank.folder.export import export_onnx
 from tests.helpers import RANK, factorize, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 onnx = pytest.importorskip("onnx")
@@ -61,7 +61,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
         export_onnx(tmp_path / "t5", tmp_path / "model.onnx")
     with pytest.raises(LowRankError, match=r"must end in \.onnx"):
         export_onnx(tmp_path / "low", tmp_path / "model")
-    monkeypatch.setattr("hf_lowrank.export._to_onnx", _to_other_onnx)
+    monkeypatch.setattr("hf_lowrank.folder.export._to_onnx", _to_other_onnx)
     with pytest.raises(LowRankError, match="computes something else than the model"):
         export_onnx(tmp_path / "low", tmp_path / "model.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -17,12 +17,12 @@ from transformers import (
     TrainerCallback,
 )
 
-import hf_lowrank.finetune as finetuning
+import hf_lowrank.training.finetune as finetuning
 from hf_lowrank import CompressionConfig, LowRankError, compress
-from hf_lowrank.distillation import Distillation
-from hf_lowrank.finetune import finetune
-from hf_lowrank.loading import load_for_finetuning
+from hf_lowrank.folder.loading import load_for_finetuning
 from hf_lowrank.tasks import get_task
+from hf_lowrank.training.distillation import Distillation
+from hf_lowrank.training.finetune import finetune
 from tests.helpers import bert_config, tiny_gpt2
 from tests.tiny_task import WORDS, run, tiny_tokenizer, write_cola, write_encoder
 

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 
 import hf_lowrank
 from hf_lowrank import CompressionConfig, compress
-from hf_lowrank.saving import save_compressed
+from hf_lowrank.folder.saving import save_compressed
 from tests.helpers import outputs, tiny_bert, token_ids, word_tokenizer
 from tests.hub_client import Client, Reply, environment, run_script
 from tests.loopback_hub import LoopbackHub
@@ -375,7 +375,7 @@ def test_a_newer_format_is_refused_in_words(bare: Client, client: Client) -> Non
         "from huggingface_hub import HfApi\n"
         "HfApi().create_repo('alice/newer'); HfApi().upload_file(path_or_fileobj=path, path_in_repo='config.json', "
         "repo_id='alice/newer')\n"
-        "from hf_lowrank.configuration_lowrank import SOURCE_FILES\n"
+        "from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES\n"
         "for name in (*SOURCE_FILES, 'model.safetensors'):\n"
         "    HfApi().upload_file(path_or_fileobj=f'newer/{name}', path_in_repo=name, repo_id='alice/newer')"
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowrank.folders import load_low_rank
+from hf_lowrank.folder.reading import load_low_rank
 from tests.helpers import factorize, tiny_bert, tiny_gpt2
 
 

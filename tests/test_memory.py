@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from benchmarks.memory import Peak, resident
 from hf_lowrank import LowRankError, compute_statistics
-from hf_lowrank.memory import available, estimate_memory, factorization_bytes, skeleton, sums_device
+from hf_lowrank.compression.memory import available, estimate_memory, factorization_bytes, skeleton, sums_device
 from hf_lowrank.solvers import get_method
 from hf_lowrank.tasks import get_task
 from tests.helpers import tiny_bert, tiny_llama

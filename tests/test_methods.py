@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_lowrank import METHODS, CompressionConfig, compress, compute_statistics
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers.elementwise import eigenbasis
 from hf_lowrank.statistics import KINDS
 from hf_lowrank.statistics.kinds import active_tokens, completed, passes
-from hf_lowrank.targets import find_targets
 from tests.helpers import tiny_bert
 from tests.test_statistics import padded_batch
 

@@ -31,11 +31,11 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-import hf_lowrank.configuration_lowrank as configuration
-import hf_lowrank.modeling_lowrank as modeling
-from hf_lowrank.configuration_lowrank import LowRankConfig, config_class_for
-from hf_lowrank.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.modeling_lowrank import replace_module, to_low_rank_class
+import hf_lowrank.nn.configuration_lowrank as configuration
+import hf_lowrank.nn.modeling_lowrank as modeling
+from hf_lowrank.nn.configuration_lowrank import LowRankConfig, config_class_for
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
 from tests.helpers import (
     HIDDEN,
     RANK,

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_lowrank import METHODS
-from hf_lowrank.analysis import (
+from hf_lowrank.folder.picture import ranks_figure
+from hf_lowrank.folder.style import data_uri, method_style, png_bytes, save_png
+from hf_lowrank.studies.analysis import (
     Baseline,
     Correlation,
     FisherShape,
@@ -26,13 +28,11 @@ from hf_lowrank.analysis import (
     Measurement,
     SweepPoint,
 )
-from hf_lowrank.plots import data_uri, ranks_figure, save_png
-from hf_lowrank.plots.grid import grid_of, log_norm
-from hf_lowrank.plots.predictor import correlation_figure, expectation_figure, fisher_figure
-from hf_lowrank.plots.rank_sweep import rank_sweep_figure
-from hf_lowrank.plots.redundancy import redundancy_figure
-from hf_lowrank.plots.style import method_style, png_bytes
-from hf_lowrank.plots.truncation import truncation_figure
+from hf_lowrank.studies.plots.grid import grid_of, log_norm
+from hf_lowrank.studies.plots.predictor import correlation_figure, expectation_figure, fisher_figure
+from hf_lowrank.studies.plots.rank_sweep import rank_sweep_figure
+from hf_lowrank.studies.plots.redundancy import redundancy_figure
+from hf_lowrank.studies.plots.truncation import truncation_figure
 
 TYPES = ("attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense")
 

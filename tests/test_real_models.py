@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank import CompressionConfig, Statistics, compress, compute_fisher
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.evaluate import evaluate
-from hf_lowrank.loading import load_model
+from hf_lowrank.folder.loading import load_model
 from hf_lowrank.tasks import get_task
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import evaluate
 
 SHARED = Path(os.environ.get("HF_LOWRANK_SHARED", Path(__file__).parents[2] / "shared"))
 MODEL, DATA = SHARED / "models" / "minilm-l6-stsb", SHARED / "data" / "stsb"

@@ -40,7 +40,7 @@ def refused(load):
 
 # `None` in sys.modules makes every import of the library fail, wherever it may be installed.
 WITHOUT_LIBRARY = "import sys; sys.modules['hf_lowrank'] = None\n" + PREAMBLE
-WITH_LIBRARY = PREAMBLE + "import hf_lowrank.modeling_lowrank as library; library.register()\n"
+WITH_LIBRARY = PREAMBLE + "import hf_lowrank.nn.modeling_lowrank as library; library.register()\n"
 
 
 @pytest.fixture(scope="module")

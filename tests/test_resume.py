@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_lowrank import LowRankError
-from hf_lowrank.checkpoint import Store, Work
-from hf_lowrank.interrupts import Stopped, ending_in_order, undivided
+from hf_lowrank.jobs.checkpoint import Store, Work
+from hf_lowrank.jobs.interrupts import Stopped, ending_in_order, undivided
 from tests.fault_injection import Injection
 from tests.jobs import Job, content, hf_lowrank, launch, make_data, make_model, wait_for
 

@@ -11,11 +11,11 @@ from transformers import BertForTokenClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statistics
-from hf_lowrank.layers_lowrank import dense_weight
+from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.statistics import collect
 from hf_lowrank.statistics.kinds import add_fisher, add_fisher_rows
 from hf_lowrank.statistics.losses import own_loss, sample_losses
-from hf_lowrank.targets import find_targets
 from tests.helpers import VOCABULARY, bert_config, factorize, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 Batch = dict[str, Any]

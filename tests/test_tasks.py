@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.evaluate import evaluate
 from hf_lowrank.tasks import TASKS, encode, get_task, load_split
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import evaluate
 from tests.helpers import bert_config
 
 WORDS = [

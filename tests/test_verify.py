@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, LowRankError, cli, compress
-from hf_lowrank.fingerprint import file_digests, probe
-from hf_lowrank.saving import add_facts, read_record, save_compressed
-from hf_lowrank.verify import FAIL, INFO, PASS, SKIP, Check, verify
+from hf_lowrank.folder.fingerprint import file_digests, probe
+from hf_lowrank.folder.saving import add_facts, read_record, save_compressed
+from hf_lowrank.folder.verify import FAIL, INFO, PASS, SKIP, Check, verify
 from tests.helpers import factorize, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 

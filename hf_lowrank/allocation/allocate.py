@@ -12,9 +12,9 @@ from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, lay
 from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.layer_names import is_expert_layer
-from hf_lowrank.layers_lowrank import CONVOLUTIONS, dense_weight
-from hf_lowrank.targets import weight_shape
+from hf_lowrank.model.layer_names import is_expert_layer
+from hf_lowrank.model.targets import weight_shape
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, dense_weight
 
 # Ranks that are multiples of 8 are the fastest on CPUs (benchmarks/speed.md); small layers gain nothing by them.
 ALIGN, ALIGNED_FROM = 8, 64
@@ -72,7 +72,7 @@ def allocate(
     Args:
         model_parameters: those of the whole model, targets included.
         spectrum: name → what discarding each direction adds to the loss, largest first; for allocations that ask it.
-        profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.profiling`).
+        profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.compression.profiling`).
         form: that of the factorized layers, which decides what a rank costs. A rank ratio stands for what plain factors
             of it cost, so that another form gets larger ranks for the same number of parameters.
 
@@ -185,7 +185,7 @@ def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:
     if each.ranks != (None,) and not any(rank in measured for rank in each.ranks):
         raise LowRankError(
             f"{name}: the profile has no measured loss at a rank that the bounds allow; see "
-            "hf_lowrank.profiling.profile_losses"
+            "hf_lowrank.compression.profiling.profile_losses"
         )
     losses: list[float] = []
     for n in reversed(kept):

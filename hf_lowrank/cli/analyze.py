@@ -5,9 +5,6 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.analysis import AnalysisConfig, analyze, needed_statistics
-from hf_lowrank.analysis.run import DEFAULT_METHODS
-from hf_lowrank.calibration import calibration_loader
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.facts import origin, public_name
@@ -26,10 +23,13 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
     patterns,
 )
-from hf_lowrank.loading import load_model
-from hf_lowrank.plots.report import JOURNAL, prepare_folder, save_analysis
+from hf_lowrank.folder.loading import load_model
 from hf_lowrank.statistics import compute_statistics
+from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
+from hf_lowrank.studies.analysis.run import DEFAULT_METHODS
+from hf_lowrank.studies.plots.report import JOURNAL, prepare_folder, save_analysis
 from hf_lowrank.tasks import get_task, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
 
 
 @app.command("analyze")

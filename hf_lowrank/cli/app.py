@@ -11,9 +11,9 @@ import transformers
 import typer
 from accelerate import PartialState
 
-from hf_lowrank.distributed import start_processes
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.interrupts import Stopped, ending_in_order
+from hf_lowrank.jobs.distributed import start_processes
+from hf_lowrank.jobs.interrupts import Stopped, ending_in_order
 
 GRACE = 3.0  # seconds
 

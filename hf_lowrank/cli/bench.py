@@ -6,13 +6,13 @@ from typing import Annotated
 import torch
 import typer
 
-from hf_lowrank.bench import BenchConfig, bench
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.plots.bench import bench_figure
-from hf_lowrank.plots.style import save_png
-from hf_lowrank.saving import add_facts
+from hf_lowrank.folder.saving import add_facts
+from hf_lowrank.folder.style import save_png
+from hf_lowrank.studies.bench import BenchConfig, bench
+from hf_lowrank.studies.plots.bench import bench_figure
 
 
 @app.command("bench")

@@ -8,14 +8,14 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import ALLOCATIONS, BUDGETS, Profile, get_allocation
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.compress import CompressionConfig
+from hf_lowrank.compression.compress import CompressionConfig
+from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
+from hf_lowrank.compression.search import Found, search_smallest
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.evaluate import predict_rows, score_predictions
-from hf_lowrank.profiling import PROFILE_SAMPLES, profile_losses
-from hf_lowrank.search import Found, search_smallest
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.tasks import Task, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import predict_rows, score_predictions
 
 PANEL, BOUNDS = "How small", "How ranks are spread"
 

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.card import write_card
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.files import read_json
-from hf_lowrank.modeling_lowrank import CARD, PICTURE, RECORD
+from hf_lowrank.folder.card import write_card
+from hf_lowrank.jobs.files import read_json
+from hf_lowrank.nn.modeling_lowrank import CARD, PICTURE, RECORD
 
 
 @app.command("card")

@@ -9,8 +9,6 @@ import typer
 from accelerate import PartialState
 
 from hf_lowrank.allocation import check_budget
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.checkpoint import MINUTES
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.budgets import (
     AlignOption,
@@ -50,15 +48,17 @@ from hf_lowrank.cli.options import (
     patterns,
 )
 from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
-from hf_lowrank.compress import CompressionConfig, checked_targets, compress
-from hf_lowrank.evaluate import evaluate
-from hf_lowrank.hub import push_folder, refuse_without_token
-from hf_lowrank.loading import load_model, stored_dtype
-from hf_lowrank.saving import add_facts, save_compressed
+from hf_lowrank.compression.compress import CompressionConfig, checked_targets, compress
+from hf_lowrank.folder.hub import push_folder, refuse_without_token
+from hf_lowrank.folder.loading import load_model, stored_dtype
+from hf_lowrank.folder.saving import add_facts, save_compressed
+from hf_lowrank.jobs.checkpoint import MINUTES
 from hf_lowrank.solvers import OPTIMIZERS
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import content_digest
 from hf_lowrank.tasks import get_task
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import evaluate
 
 
 @app.command("compress")

@@ -8,7 +8,7 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, OverwriteOption
-from hf_lowrank.demo import results_table, run_demo
+from hf_lowrank.studies.demo import results_table, run_demo
 
 
 @app.command("demo")

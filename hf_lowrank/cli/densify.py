@@ -8,7 +8,7 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.options import OverwriteOption
-from hf_lowrank.densify import densify_folder
+from hf_lowrank.folder.densify import densify_folder
 
 
 @app.command("densify")

@@ -15,9 +15,9 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.evaluate import evaluate
-from hf_lowrank.loading import load_model
+from hf_lowrank.folder.loading import load_model
 from hf_lowrank.tasks import get_task
+from hf_lowrank.training.evaluate import evaluate
 
 
 @app.command("evaluate")

@@ -9,10 +9,10 @@ from accelerate import PartialState
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.experiment import load_recipe, plan_of, run_recipe, tables_of
-from hf_lowrank.experiment.run import steps_of
-from hf_lowrank.experiment.store import Store
-from hf_lowrank.experiment.tables import rows_of
+from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
+from hf_lowrank.studies.experiment.run import steps_of
+from hf_lowrank.studies.experiment.store import Store
+from hf_lowrank.studies.experiment.tables import rows_of
 
 
 @app.command("experiment")

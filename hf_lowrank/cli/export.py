@@ -7,7 +7,7 @@ import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
-from hf_lowrank.export import export_onnx
+from hf_lowrank.folder.export import export_onnx
 
 
 @app.command("export")

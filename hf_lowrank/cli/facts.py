@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hf_lowrank.facts import public_name, versions
+from hf_lowrank.folder.facts import public_name, versions
 from hf_lowrank.tasks import Task
 
 __all__ = ["origin", "public_name", "versions"]

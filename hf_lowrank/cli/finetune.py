@@ -20,13 +20,13 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.distillation import Distillation
-from hf_lowrank.evaluate import evaluate
-from hf_lowrank.files import refuse_existing
-from hf_lowrank.finetune import finetune
-from hf_lowrank.loading import load_for_finetuning, load_model, stored_dtype
-from hf_lowrank.saving import add_facts, read_record, save_model
+from hf_lowrank.folder.loading import load_for_finetuning, load_model, stored_dtype
+from hf_lowrank.folder.saving import add_facts, read_record, save_model
+from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.tasks import get_task
+from hf_lowrank.training.distillation import Distillation
+from hf_lowrank.training.evaluate import evaluate
+from hf_lowrank.training.finetune import finetune
 
 
 @app.command("finetune")

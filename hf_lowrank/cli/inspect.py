@@ -9,9 +9,9 @@ from hf_lowrank.allocation import BUDGETS
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, ModelArgument
-from hf_lowrank.inspection import inspect, ranks_table
-from hf_lowrank.plots.ranks import ranks_figure
-from hf_lowrank.plots.style import save_png
+from hf_lowrank.folder.inspect import inspect, ranks_table
+from hf_lowrank.folder.picture import ranks_figure
+from hf_lowrank.folder.style import save_png
 
 
 @app.command("inspect")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.layers_lowrank import FORMS
+from hf_lowrank.nn.layers_lowrank import FORMS
 from hf_lowrank.tasks.table import NAMES
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]

@@ -8,7 +8,7 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.hub import push_folder
+from hf_lowrank.folder.hub import push_folder
 
 
 @app.command("push")

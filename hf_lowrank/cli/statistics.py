@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 from accelerate import PartialState
 
-from hf_lowrank.calibration import calibration_loader
-from hf_lowrank.checkpoint import MINUTES
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.facts import origin
@@ -26,10 +24,12 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
 )
 from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
-from hf_lowrank.loading import load_model
+from hf_lowrank.folder.loading import load_model
+from hf_lowrank.jobs.checkpoint import MINUTES
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.statistics import KINDS, compute_statistics
 from hf_lowrank.tasks import get_task
+from hf_lowrank.tasks.calibration import calibration_loader
 
 
 @app.command("statistics")

@@ -24,10 +24,10 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
     patterns,
 )
-from hf_lowrank.loading import load_model
+from hf_lowrank.folder.loading import load_model
 from hf_lowrank.solvers import METHODS
-from hf_lowrank.sweep import SweepConfig, sweep
-from hf_lowrank.sweep_summary import write_summary
+from hf_lowrank.studies.sweep import SweepConfig, sweep
+from hf_lowrank.studies.sweep_summary import write_summary
 from hf_lowrank.tasks import get_task
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.verify import FAIL, verify
+from hf_lowrank.folder.verify import FAIL, verify
 
 
 @app.command("verify")

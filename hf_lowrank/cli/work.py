@@ -11,14 +11,14 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 
-from hf_lowrank.calibration import data_digest
-from hf_lowrank.checkpoint import MINUTES, Work
 from hf_lowrank.cli.facts import versions
-from hf_lowrank.distributed import on_main
-from hf_lowrank.files import refuse_existing, remove_leftovers
-from hf_lowrank.memory import estimate_memory, skeleton, sums_device
+from hf_lowrank.compression.memory import estimate_memory, skeleton, sums_device
+from hf_lowrank.jobs.checkpoint import MINUTES, Work
+from hf_lowrank.jobs.distributed import on_main
+from hf_lowrank.jobs.files import refuse_existing, remove_leftovers
+from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task
-from hf_lowrank.weights import model_digest
+from hf_lowrank.tasks.calibration import data_digest
 
 ResumeOption = Annotated[
     bool,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_lowrank.checkpoint import Store, Work
-from hf_lowrank.distributed import Result, on_main
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.checkpoint import Store, Work
+from hf_lowrank.jobs.distributed import Result, on_main
 from hf_lowrank.statistics.container import Statistics
 
 PASSES = 2  # at most

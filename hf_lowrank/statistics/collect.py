@@ -9,11 +9,13 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.checkpoint import Work
-from hf_lowrank.distributed import Result, from_everyone, summed
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.interrupts import Stopped, undivided
-from hf_lowrank.progress import bar
+from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.jobs.distributed import Result, from_everyone, summed
+from hf_lowrank.jobs.interrupts import Stopped, undivided
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import check_weights, find_targets
+from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
@@ -29,8 +31,6 @@ from hf_lowrank.statistics.losses import (
     sample_losses,
 )
 from hf_lowrank.statistics.shared import InputSums
-from hf_lowrank.targets import check_weights, find_targets
-from hf_lowrank.weights import digest, is_sharded, sums_device, unwrapped
 
 # A batch of two and the same samples alone must agree to this relative difference before batches are relied on.
 AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-2}

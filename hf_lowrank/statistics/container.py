@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.files import atomic_folder, read_json, sha256_of, write_json
+from hf_lowrank.jobs.files import atomic_folder, read_json, sha256_of, write_json
+from hf_lowrank.model.weights import digest
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
-from hf_lowrank.weights import digest
 
 FORMAT_VERSION = 2
 TENSORS, RECORD = "statistics.safetensors", "statistics.json"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_lowrank.experts_lowrank import UnstackedExperts, projections, visits
-from hf_lowrank.layers_lowrank import CONVOLUTIONS
-from hf_lowrank.modeling_lowrank import tied_layers
+from hf_lowrank.model.targets import unstacked
+from hf_lowrank.nn.experts_lowrank import UnstackedExperts, projections, visits
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.nn.modeling_lowrank import tied_layers
 from hf_lowrank.statistics.losses import NotSeparable
 from hf_lowrank.statistics.patches import geometry, patches
-from hf_lowrank.targets import unstacked
 
 Deliver = Callable[[str, Tensor, Tensor], None]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.distributed import from_everyone, summed
+from hf_lowrank.jobs.distributed import from_everyone, summed
+from hf_lowrank.model.weights import sums_device
 from hf_lowrank.statistics.kinds import accumulate, completed, sum_shape
-from hf_lowrank.weights import sums_device
 
 
 @dataclass(eq=False)

@@ -1,6 +1,0 @@
-"""Speed and memory of a saved low-rank model beside its dense form, measured in turns in one process."""
-
-from hf_lowrank.bench.record import BenchRecord, Case
-from hf_lowrank.bench.run import BenchConfig, bench
-
-__all__ = ["BenchConfig", "BenchRecord", "Case", "bench"]

@@ -1,0 +1,251 @@
+"""The one place that edits a model: its targeted linears become low-rank factors, one at a time."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_lowrank.allocation import BUDGETS, Budget, Profile, Ranks, Spread, allocate, get_allocation, parse_count
+from hf_lowrank.compression.report import CompressionReport, LayerReport
+from hf_lowrank.compression.solution import LayerSolver
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.jobs.distributed import Result, divided, estimated_cost, on_main
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.forms import check_form, to_form
+from hf_lowrank.model.targets import check_weights, find_targets, weight_shape
+from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.nn.modeling_lowrank import replace_module, restack_experts, to_low_rank_class
+from hf_lowrank.solvers import METHODS, get_method, get_optimizer
+from hf_lowrank.statistics import Statistics
+
+DEFAULT_RANK_RATIO = 0.33
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
+
+    The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
+    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, by
+    default 8 where that is faster, `floor` and `cap` bound the ranks (see `Spread`). `optimizer` is one of
+    `OPTIMIZERS`, for methods that iterate. `include` and `exclude` are name patterns (see `find_targets`). `form` is
+    "factors" or "interpolative" (see `to_form`).
+
+    Raises:
+        LowRankError: an unknown name, a value out of range, or several budgets.
+    """
+
+    method: str = "kfac"
+    rank_ratio: float | None = None
+    allocation: str | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    keep: float | None = None
+    keep_model: float | None = None
+    params: float | str | None = None
+    flops: float | str | None = None
+    latency: float | None = None
+    align: int | None = None
+    floor: float = 0.0
+    cap: float | None = None
+    optimizer: str | None = None
+    form: str = "factors"
+
+    def __post_init__(self) -> None:
+        method = get_method(self.method)
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", method.allocation)
+        if all(getattr(self, kind) is None for kind in BUDGETS):
+            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        if self.optimizer is not None:
+            get_optimizer(self.optimizer)
+            if not method.iterates:
+                iterating = ", ".join(name for name, each in METHODS.items() if each.iterates)
+                raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
+        check_form(self.form)
+        _ = self.budget, self.spread  # raise where they are out of range
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that was given."""
+        given = {kind: value for kind in BUDGETS if (value := getattr(self, kind)) is not None}
+        if len(given) > 1:
+            raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
+        ((kind, value),) = given.items()
+        return Budget(kind, parse_count(value))
+
+    @property
+    def spread(self) -> Spread:
+        """How it is spread over layers."""
+        return Spread(self.allocation or "uniform", self.align, self.floor, math.inf if self.cap is None else self.cap)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that compressing takes: the method's, and those that make its layers comparable."""
+        return get_method(self.method).needs_for(get_allocation(self.allocation or "uniform").losses == "spectrum")
+
+
+def compress(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    statistics: Statistics | None = None,
+    progress: bool = True,
+    profile: Profile | None = None,
+    work: Work | None = None,
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
+
+    Peak memory is the model, the statistics and one layer's workspace. All input is checked before anything is edited;
+    should it be interrupted all the same, the model is whole, with some of its layers still dense.
+
+    Args:
+        model: any transformers model; nothing but its targeted linears changes.
+        statistics: what is needed (see `CompressionConfig.needs`), measured on this very model.
+        profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
+        work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
+
+    Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
+    DistributedDataParallel is taken out of it.
+
+    Raises:
+        LowRankError: nothing matches a pattern; a weight is not finite; statistics are missing, of another model or of
+            other shapes; the budget cannot be met; the model is sharded over processes.
+    """
+    model = unwrapped(model)
+    targets = checked_targets(model, config)
+    solver = layer_solver(targets, config, statistics)
+    before, started = model.num_parameters(), time.perf_counter()
+    left = unreached(targets, statistics)
+    spectrum = _divided_spectra(solver, progress, work)
+
+    def decide() -> Ranks:
+        weighed = {name: module for name, module in targets.items() if name not in left}
+        return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form)
+
+    decided = _decided(decide, work)
+    ranks = {name: decided.get(name) for name in targets}
+    try:
+        model = to_low_rank_class(model)
+    except ValueError as error:  # of a class that could not be found again when the saved model is loaded
+        raise LowRankError(str(error)) from error
+    layers = _replace_layers(model, solver, ranks, config, progress, work)
+    layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
+    described = {}
+    if statistics is not None and config.needs:
+        described = {"samples": statistics.samples, "origin": statistics.origin}
+    seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
+    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, ordered, described)
+    model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
+    return model, report
+
+
+def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, nn.Module]:
+    """The layers to factorize, once it is known that they can be: before anything is measured for it.
+
+    Raises:
+        LowRankError: as `find_targets` and `check_weights`; the model is sharded; the form is for linear layers only.
+    """
+    if is_sharded(model):
+        raise LowRankError(
+            "the model is sharded by FSDP2, and a sharded layer cannot be replaced: save the statistics measured on "
+            "it, and compress a copy that is not (device_map and CPU offload are fine, layers move one at a time)"
+        )
+    targets = find_targets(model, config.include, config.exclude)
+    check_weights(targets)
+    if config.form != "factors" and any(isinstance(m, (nn.Embedding, *CONVOLUTIONS)) for m in targets.values()):
+        raise LowRankError(
+            f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
+        )
+    return targets
+
+
+def unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
+    """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense."""
+    found = {name for name in targets if statistics is not None and not statistics.reach(name)}
+    if found == targets.keys():
+        raise LowRankError(
+            "by the statistics no sample's loss depends on any targeted layer; a loss that compares the samples of a "
+            "batch (a contrastive one) is constant for a single sample: measure them with another head or task"
+        )
+    return found
+
+
+def _replace_layers(
+    model: PreTrainedModel,
+    solver: LayerSolver,
+    ranks: Ranks,
+    config: CompressionConfig,
+    progress: bool,
+    work: Work | None,
+) -> dict[str, LayerReport]:
+    """Put factors in the place of every layer that has a rank; each process solves its share."""
+    targets = solver.targets
+    layers = {name: solver.dense(name) for name, rank in ranks.items() if rank is None}
+    costs = {name: estimated_cost(weight_shape(targets[name])) for name in ranks if name not in layers}
+
+    def solve(name: str) -> Result:
+        low_rank, layer = solver.low_rank(name, ranks[name] or 1)
+        return dict(zip(("up", "down"), low_rank.matrices(), strict=True)), asdict(layer)
+
+    with bar(f"factorizing by {config.method}", len(costs), "layers", progress) as shown:
+        kept = work.store("factors") if work is not None else None
+        for name, (factors, facts) in divided(costs, solve, kept):
+            replace_module(model, name, placed_like(targets.pop(name), factors))  # and the dense layer can be freed
+            layers[name] = LayerReport.from_dict(facts)
+            shown.update()
+    restack_experts(model)
+    if config.form != "factors":
+        to_form(model, config.form)
+        low_rank_model: Any = model
+        for name, layer in low_rank_model.factorized_layers().items():
+            if name in costs:
+                layers[name] = replace(layers[name], parameters_after=layer.num_parameters())
+    return layers
+
+
+def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Callable[[str], Tensor]:
+    """Spectra by name: those of all layers, divided among the processes, when the first one is asked for."""
+    costs = {name: estimated_cost(weight_shape(module)) for name, module in solver.targets.items()}
+    known: dict[str, Tensor] = {}
+
+    def spectrum(name: str) -> Tensor:
+        if not known:
+            with bar("weighing", len(costs), "layers", progress) as shown:
+                kept = work.store("spectra") if work is not None else None
+                for each, (tensors, _) in divided(costs, lambda name: ({"spectrum": solver.spectrum(name)}, {}), kept):
+                    known[each] = tensors["spectrum"]
+                    shown.update()
+        return known[name]
+
+    return spectrum
+
+
+def _decided(decide: Callable[[], Ranks], work: Work | None) -> Ranks:
+    """The main process's ranks on all of them: a latency that each measured itself would differ."""
+    if work is not None:
+        return work.decided("ranks", decide)
+    ranks = decide()
+    return on_main(lambda: ranks)
+
+
+def layer_solver(
+    targets: dict[str, nn.Module], config: CompressionConfig, statistics: Statistics | None
+) -> LayerSolver:
+    """What factorizes the targets one at a time, once the statistics are known to be theirs.
+
+    Raises:
+        LowRankError: statistics are missing, or of another model.
+    """
+    if config.needs:
+        if statistics is None:
+            raise LowRankError(
+                f"the method {config.method!r} needs statistics ({', '.join(config.needs)}); see compute_statistics"
+            )
+        statistics.check(targets, config.needs)
+    return LayerSolver(targets, get_method(config.method), statistics, config.optimizer)

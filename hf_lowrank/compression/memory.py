@@ -1,0 +1,167 @@
+"""What a job will take → bytes for each process, known before it starts, and a refusal where there are fewer."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.loading import resolve
+from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.nn.experts_lowrank import unstacked_names
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.statistics.kinds import KINDS, passes, sum_shape
+from hf_lowrank.tasks import Task
+
+GIB = 2**30
+CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))  # version 2, as in containers
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process takes at its peak: the model, the statistics of all layers, and the rest in passing."""
+
+    model: int
+    statistics: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.model + self.statistics + self.workspace
+
+    def to_dict(self) -> dict[str, int]:
+        """Bytes by what they are for."""
+        return asdict(self) | {"total": self.total}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in asdict(self).items())
+        return f"{_gib(self.total)} ({parts})"
+
+
+def estimate_memory(
+    model: PreTrainedModel,
+    kinds: Sequence[str],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    tokens: int = 0,
+) -> MemoryEstimate:
+    """What measuring `kinds` on batches of `tokens` and factorizing will take; the model may be on the meta device.
+
+    An estimate: activations are taken as the inputs and outputs of the targeted layers twice over, and layers beside
+    each other with the same width as readers of one input. A convolution is taken to have as many positions as there
+    are tokens, and one at a time is cut into patches, in float32.
+
+    Raises:
+        LowRankError: as `find_targets`.
+    """
+    targets = find_targets(model, include, exclude)
+    shapes = [weight_shape(module) for module in targets.values()]
+    size = next(model.parameters()).element_size()
+    vocabulary = getattr(model.get_output_embeddings(), "out_features", 0)
+    shares = _routed_shares(model)
+    width = sum(_width(module) * shares.get(name, 1.0) for name, module in targets.items())
+    activations = round(tokens * (2 * size * width + 3 * 4 * vocabulary))
+    patches = 4 * tokens * max((weight_shape(m)[1] for m in targets.values() if isinstance(m, CONVOLUTIONS)), default=0)
+    gradient = 2 * 4 * max(map(prod, shapes)) if kinds else 0
+    solving = max(factorization_bytes(weight_shape(m), isinstance(m, nn.Embedding)) for m in targets.values())
+    workspace = max(activations + gradient + patches, solving)
+    return MemoryEstimate(
+        _bytes(model.parameters()) + _bytes(model.buffers()), statistics_bytes(targets, kinds), workspace
+    )
+
+
+def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int:
+    """Of the sums of these kinds, and of those that they need, in float32."""
+    total = 0
+    for kind in {kind for part in passes(kinds) for kind in part}:
+        sums = {}
+        for name, module in targets.items():
+            _, in_features = weight_shape(module)
+            beside, _, last = name.rpartition(".")
+            may_share = KINDS[kind].of_input and not isinstance(module, CONVOLUTIONS)
+            key = (beside, in_features) if may_share and not last.isdigit() else name  # each expert has its own tokens
+            sums[key] = 4 * prod(sum_shape(kind, module))
+        total += sum(sums.values())
+    return total
+
+
+def _routed_shares(model: PreTrainedModel) -> dict[str, float]:
+    """The share of the tokens that a layer of stacked experts sees, where the config says how many a token visits."""
+    visited = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    return {
+        name: min(1.0, visited / experts.num_experts) if visited else 1.0
+        for name, experts in unstacked_names(model).items()
+    }
+
+
+def _width(module: nn.Module) -> int:
+    """The numbers that a layer reads and gives for one token or position."""
+    out_features, in_features = weight_shape(module)
+    return out_features + (module.in_channels if isinstance(module, CONVOLUTIONS) else in_features)
+
+
+def factorization_bytes(shape: tuple[int, int], embedding: bool = False) -> int:
+    """Of factorizing a weight [out, in] in float64: its two moments and their Cholesky factors, scaled copies of the
+    weight, and an eigenproblem of its shorter side. An embedding's input moment is a diagonal."""
+    sides = shape[:1] if embedding else shape
+    return 8 * (3 * max(sides) ** 2 + sum(side**2 for side in sides) + 5 * prod(shape) + 4 * min(shape) ** 2)
+
+
+def skeleton(name: str, task: Task, device: torch.device) -> PreTrainedModel | None:
+    """The model called `name` without its weights, on the meta device; None where it cannot be made.
+
+    What is wrong with a model is for `load_model` to say.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(name))
+        stored = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype or torch.float32
+        with torch.device("meta"):
+            return task.auto_class.from_config(config, dtype=torch.float32 if device.type == "cpu" else stored)
+    except Exception:
+        return None
+
+
+def sums_device(estimate: MemoryEstimate, device: torch.device) -> torch.device | None:
+    """Where the statistics can be kept: beside the layers (None), else in main memory.
+
+    Raises:
+        LowRankError: the job does not fit; the message says by how much, and what helps.
+    """
+    free = available(device)
+    if estimate.total <= free:
+        return None
+    spared = MemoryEstimate(estimate.model, 0, estimate.workspace)
+    memory = torch.device("cpu")
+    if device.type != "cpu" and spared.total <= free and estimate.statistics <= available(memory):
+        return memory
+    raise LowRankError(
+        f"each process would take about {estimate}, and {_gib(free)} are free for it on {device}; use fewer processes "
+        "on a machine, a smaller --batch-size or --max-length, a method that measures less (fwsvd, asvd), or "
+        "--include some layers at a time"
+    )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take: of its accelerator, or its share of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    if all(path.is_file() for path in CGROUP) and (limit := CGROUP[0].read_text().strip()).isdigit():
+        free = min(free, int(limit) - int(CGROUP[1].read_text()))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,82 @@
+"""The smallest model that is still good enough, by measuring candidates: model + what is measured + limit → model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile
+from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.report import CompressionReport
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.statistics import Statistics
+
+# The search ends when the budget is known to this share of the targeted parameters.
+RESOLUTION = 0.01
+
+
+@dataclass(frozen=True)
+class Found:
+    """The smallest model found, its report, what was measured of it, and every (keep, measured) that was tried."""
+
+    model: PreTrainedModel
+    report: CompressionReport
+    measured: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def search_smallest(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    statistics: Statistics | None,
+    measure: Callable[[PreTrainedModel], float],
+    accept: Callable[[float], bool],
+    profile: Profile | None = None,
+    progress: bool = True,
+) -> Found:
+    """The model of fewest parameters whose measurement is accepted, by bisection of the budget `keep`.
+
+    `config` says everything but the budget. `model` itself is left as it is: each candidate is a copy. Measurements
+    need not fall evenly with the size; what is returned was measured and accepted.
+
+    Raises:
+        LowRankError: nothing smaller than the dense model is accepted; the message says what came nearest.
+    """
+    low, high, best = 0.0, 1.0, None
+    tried: list[tuple[float, float]] = []
+    with bar("searching", None, "models", progress) as shown:
+        while high - low > RESOLUTION:
+            keep = (low + high) / 2
+            try:
+                candidate = _at(model, config, statistics, keep, profile)
+            except ImpossibleBudget:  # below the least possible
+                low = keep
+                continue
+            measured = measure(candidate[0])
+            tried.append((keep, measured))
+            shown.set_postfix_str(f"keep {keep:.3f}: {measured:.4g}")
+            shown.update()
+            if accept(measured):
+                high, best = keep, Found(*candidate, measured, ())
+            else:
+                low = keep
+    if best is None:
+        raise LowRankError(
+            "no smaller model is good enough; of those tried, "
+            + ", ".join(f"keep {keep:.3f} measured {measured:.4g}" for keep, measured in sorted(tried)[-3:])
+        )
+    return replace(best, tried=tuple(tried))
+
+
+def _at(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    statistics: Statistics | None,
+    keep: float,
+    profile: Profile | None,
+) -> tuple[PreTrainedModel, CompressionReport]:
+    budget = {kind: keep if kind == "keep" else None for kind in BUDGETS}
+    settings = replace(config, **budget)  # type: ignore[arg-type]
+    return compress(copy.deepcopy(model), settings, statistics, progress=False, profile=profile)

@@ -1,0 +1,90 @@
+"""One layer's weight and statistics → what its directions are worth, and its factors at a rank. Edits nothing."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowrank.allocation import parameters
+from hf_lowrank.compression.report import LayerReport
+from hf_lowrank.model.targets import weight_shape
+from hf_lowrank.model.weights import readable, solving_device, whole_weight
+from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
+from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class LayerSolver:
+    """The layers of a model, one at a time, by a method and, where it iterates, an optimizer other than the default."""
+
+    targets: dict[str, nn.Module]
+    method: Method
+    statistics: Statistics | None
+    optimizer: str | None = None
+
+    def spectrum(self, name: str) -> Tensor:
+        """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first."""
+        weight = self._weight(name)
+        objective = self._objective(name, weight.device)
+        return objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
+
+    @torch.no_grad()
+    def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:
+        """The layer as factors of a rank, in its own dtype, and what they cost and lose."""
+        started = time.perf_counter()
+        linear, weight = self.targets[name], self._weight(name)
+        objective = self._objective(name, weight.device)
+        factors = objective.factorize(weight, rank)
+        balanced = factors.balanced()
+        with readable(linear):
+            low_rank = layer_class_for(linear).from_factors(linear, balanced.up, balanced.down)
+        up, down = low_rank.matrices()
+        stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
+        delta = weight - stored[0] @ stored[1]
+        error, unit = objective.error(delta), self._loss_per_error(name, objective)
+        shape = weight_shape(linear)
+        return low_rank, LayerReport(
+            name,
+            *shape,
+            rank,
+            parameters(shape, None),
+            parameters(shape, rank),
+            relative_error=_root_ratio(delta.square().sum(), weight.square().sum()),
+            weighted_error=_root_ratio(error, objective.error(weight)),
+            expected_loss=None if unit is None else float(error) * unit / 2,
+            seconds=time.perf_counter() - started,
+            trace=factors.trace,
+        )
+
+    def dense(self, name: str) -> LayerReport:
+        """The report of a layer that stays as it is."""
+        shape = weight_shape(self.targets[name])
+        size = parameters(shape, None)
+        return LayerReport(name, *shape, None, size, size, note="factors save nothing")
+
+    def _weight(self, name: str) -> Tensor:
+        weight = whole_weight(self.targets[name])
+        return weight.to(solving_device(weight)).float()
+
+    def _objective(self, name: str, device: torch.device) -> Objective:
+        needs = self.method.needs
+        means = {kind: self.statistics.mean(kind, name).to(device) for kind in needs} if self.statistics else {}
+        objective = self.method.objective(means)
+        return objective if self.optimizer is None else with_optimizer(objective, self.optimizer)
+
+    def _loss_per_error(self, name: str, objective: Objective) -> float | None:
+        """Twice the expected loss per error of a layer's objective; None where the statistics do not say."""
+        if self.statistics is None:
+            return None
+        if self.method.in_loss_units:
+            return self.statistics.curvature
+        if not self.statistics.has("fisher_rows"):
+            return None
+        rows, shape = self.statistics.mean("fisher_rows", name), weight_shape(self.targets[name])
+        return loss_per_error(objective, rows, shape) * self.statistics.curvature
+
+
+def _root_ratio(error: Tensor, whole: Tensor) -> float:
+    return float((error / whole).sqrt()) if whole > 0 else 0.0

@@ -1,0 +1,1 @@
+"""A saved model: writing, reading, checking, describing and publishing its folder."""

@@ -1,0 +1,217 @@
+"""The record of a compression → its model card: metadata that the Hub validates, and what a user has to know."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+from transformers.pipelines import SUPPORTED_TASKS
+from transformers.utils.hub import cached_file
+from yaml import YAMLError
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.citations import citations
+from hf_lowrank.folder.facts import public_name, versions
+from hf_lowrank.jobs.files import write_text
+from hf_lowrank.nn.modeling_lowrank import CARD, PICTURE, auto_class_of, card_name
+from hf_lowrank.solvers import METHODS
+from hf_lowrank.tasks import TASKS, Task
+
+TEMPLATE = "card_template.md"
+# (the type that the Hub knows it by, in words)
+METRICS = {
+    "accuracy": ("accuracy", "accuracy (%)"),
+    "f1": ("f1", "F1 (%)"),
+    "entity_f1": ("f1", "entity F1 (%)"),
+    "matthews": ("matthews_correlation", "Matthews correlation (%)"),
+    "pearson_spearman": ("pearson_spearman", "mean of Pearson and Spearman correlation (%)"),
+    "perplexity": ("perplexity", "perplexity"),
+}
+MOST_DRAWN = 1000
+REQUIRED = ("settings", "parameters_before", "parameters_after", "layers")
+INHERITED = ("license", "license_name", "license_link", "language", "datasets")
+
+Record = dict[str, Any]
+
+
+def render_card(record: Record, name: str) -> str:
+    """The card of the model called `name` (a repository or a folder), from its record alone.
+
+    What the record lacks is left out: nothing is measured or looked up here.
+
+    Raises:
+        LowRankError: it is no record of a compression.
+    """
+    if missing := [key for key in REQUIRED if key not in record]:
+        raise LowRankError(f"a card cannot be written: the record of the compression lacks {', '.join(missing)}")
+    template = _template().read_text(encoding="utf-8")
+    facts: Record = {
+        "name": name,
+        "record": record,
+        "method": METHODS.get(record["settings"]["method"]),
+        "settings": {key: value for key, value in record["settings"].items() if key != "method" and value is not None},
+        "factorized": [layer for layer in record["layers"] if layer["rank"] is not None],
+        "picture": PICTURE if _is_drawn(record) else None,
+        "rows": _rows(record),
+        "columns": _columns(record),
+        "citations": citations(record["settings"]["method"]),
+    }
+    return str(ModelCard.from_template(_metadata(record, name), template_str=template, **facts)).strip() + "\n"
+
+
+def write_card(folder: str | Path, record: Record, name: str) -> None:
+    """Write README.md and the picture of the ranks that it shows into `folder`."""
+    from hf_lowrank.folder.picture import ranks_figure  # here, as matplotlib takes time to import
+    from hf_lowrank.folder.style import save_png
+
+    if _is_drawn(record):
+        save_png(ranks_figure({layer["name"]: _drawn(layer) for layer in record["layers"]}), Path(folder) / PICTURE)
+    write_text(Path(folder) / CARD, render_card(record, name))
+
+
+def rendered_as(folder: str | Path, record: Record) -> str | None:
+    """The name under which a folder's card was rendered from `record`; None if there is no card, or an edited one."""
+    path = Path(folder) / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    name = card_name(card)
+    whole = all(key in record for key in REQUIRED)
+    return name if name is not None and whole and card == render_card(record, name) else None
+
+
+def card_facts(model: PreTrainedModel) -> Record:
+    """What a card says of a low-rank model and of the one it was made from, beside the report of its compression."""
+    name = model.name_or_path or ""
+    return {
+        **({"base_model": public_name(name)} if name else {}),
+        "base": base_facts(name),
+        "architecture": type(model).__name__,
+        "auto_class": auto_class_of(model),  # type: ignore[arg-type]
+        "versions": versions(),
+    }
+
+
+def base_facts(name: str) -> Record:
+    """Of a folder or Hub name: whether it is on the Hub, the bytes of its weights, and what its card says of rights.
+
+    What cannot be found out is left out.
+    """
+    config = name and _stored(name, "config.json")
+    if not config:
+        return {}
+    facts: Record = {"on_hub": not Path(name).is_dir(), "weights_bytes": weights_bytes(Path(config).parent)}
+    if card := _stored(name, CARD):
+        with suppress(ValueError, YAMLError):  # a card whose metadata cannot be read says nothing
+            data = ModelCard.load(Path(card), ignore_metadata_errors=True).data.to_dict()
+            facts |= {key: data[key] for key in INHERITED if data.get(key)}
+    return facts
+
+
+def weights_bytes(folder: Path) -> int:
+    """The size of the weights in a folder, as stored."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def _stored(name: str, file: str) -> str | None:
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    return cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
+
+
+def _template() -> Path:
+    """In an installed wheel beside this file, in a source tree where cards are kept."""
+    inside = Path(__file__).with_name(TEMPLATE)
+    return inside if inside.is_file() else Path(__file__).parents[2] / "model_cards" / TEMPLATE
+
+
+def _is_drawn(record: Record) -> bool:
+    """Whether there are layers to draw, and not so many (the experts of a large model) that nobody could see them."""
+    return 0 < len(record["layers"]) <= MOST_DRAWN
+
+
+def _drawn(layer: Record) -> Record:
+    return {"out": layer["out_features"], "in": layer["in_features"], "rank": layer["rank"]}
+
+
+# --- metadata ---
+
+
+def _metadata(record: Record, name: str) -> ModelCardData:
+    base, task = record.get("base", {}), TASKS.get(record.get("task", ""))
+    datasets = base.get("datasets") or []
+    datasets = [datasets] if isinstance(datasets, str) else list(datasets)
+    if task is not None and record.get("data") == task.hub[0]:
+        datasets.append(task.hub[0])
+    facts: Record = {key: base[key] for key in INHERITED if key in base and key != "datasets"}
+    if base.get("on_hub") and "base_model" in record:
+        facts["base_model"] = record["base_model"]
+        # The Hub knows four relations. Of a smaller model for the same use, this one is the nearest.
+        facts["base_model_relation"] = "finetune" if "score_finetuned" in record else "quantized"
+    if scores := _eval_results(record):
+        facts |= {"eval_results": scores, "model_name": name.rpartition("/")[2]}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_pipeline(record.get("auto_class")),
+        tags=["low-rank", "compression", "svd", record["settings"]["method"], "custom_code"],
+        datasets=list(dict.fromkeys(datasets)) or None,
+        **facts,
+    )
+
+
+def _pipeline(auto_class: str | None) -> str | None:
+    """The pipeline whose models an Auto class loads."""
+    pipelines: dict[str, Any] = SUPPORTED_TASKS
+    tags = (tag for tag, one in pipelines.items() if auto_class in [known.__name__ for known in one["pt"]])
+    return next(tags, None)
+
+
+def _eval_results(record: Record) -> list[EvalResult] | None:
+    """The last measured score, with the data it was measured on."""
+    task = TASKS.get(record.get("task", ""))
+    score = record.get("score_finetuned", record.get("score_compressed"))
+    tag = _pipeline(record.get("auto_class"))
+    if task is None or score is None or tag is None:
+        return None
+    hub = record.get("data") == task.hub[0]
+    return [
+        EvalResult(
+            task_type=tag,
+            dataset_type=task.hub[0] if hub else task.name,
+            dataset_name=task.name,
+            dataset_config=task.hub[1] if hub else None,
+            dataset_split=task.validation[0],
+            metric_type=_metric(task)[0],
+            metric_name=_metric(task)[1],
+            metric_value=round(score, 4),
+        )
+    ]
+
+
+# --- the table ---
+
+
+def _columns(record: Record) -> list[str]:
+    return ["dense", "compressed", *(["fine-tuned"] if "score_finetuned" in record else [])]
+
+
+def _rows(record: Record) -> list[list[str]]:
+    """What was measured, dense and compressed; a row of which nothing is known is left out, a lone gap stays empty."""
+    task = TASKS.get(record.get("task", ""))
+    metric = _metric(task)[1] if task else "score"
+    base, latency = record.get("base", {}), record.get("latency", {})
+    before, after = record["parameters_before"], record["parameters_after"]
+    size = record.get("weights_bytes")
+    rows = [
+        [metric, *(_number(record.get(f"score_{kind}"), "{:.2f}") for kind in ("dense", "compressed", "finetuned"))],
+        ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})", f"{after:,}"],
+        ["weights on disk (MB)", *(_number(value, "{:.1f}", 1e6) for value in (base.get("weights_bytes"), size, size))],
+        ["latency (ms)", *(_number(latency.get(kind), "{:.3g}") for kind in ("dense", "compressed", "compressed"))],
+    ]
+    return [row[: 1 + len(_columns(record))] for row in rows if any(row[1:])]
+
+
+def _metric(task: Task) -> tuple[str, str]:
+    return METRICS.get(task.score, (task.score, task.score.replace("_", " ")))
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "" if value is None else form.format(value / unit)

@@ -1,0 +1,149 @@
+"""A low-rank model → the ordinary dense model of its base class, in memory and as a folder, for engines that know no
+factors."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.reading import load_low_rank
+from hf_lowrank.jobs.files import atomic_folder, refuse_existing
+from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankConv, LowRankLayer, LowRankLinear, as_stored
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin, restack_experts, unstack_experts
+
+OURS = {
+    *SOURCE_FILES,
+    "config.json",
+    "compression.json",
+    "README.md",
+    "ranks.png",
+}  # about the low-rank model, or made anew
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5")
+
+
+def densify(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a low-rank model, in place, into one of its base class, and return it.
+
+    Every factorized layer becomes the nn.Linear (Conv1D, nn.Embedding, nn.Conv2d) that it was, with the product of the
+    factors as weight, formed in float32 and stored in the factors' dtype; shared layers stay shared, tied weights tied.
+    One layer at a time is held twice.
+
+    Raises:
+        LowRankError: the model is not low-rank, or its factors are quantized or wrapped by an adapter.
+    """
+    if not isinstance(model, LowRankMixin):
+        raise LowRankError(f"{type(model).__name__} is not a low-rank model: there is nothing to densify")
+    _refuse_wrapped_factors(model)
+    base_layers = dict(_skeleton(model).named_modules(remove_duplicate=False))
+    done: dict[int, nn.Module] = {}  # by the identity of what they replace, for shared layers
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, LowRankLayer):
+            continue
+        if id(layer) not in done:
+            done[id(layer)] = _dense_layer(layer, like=base_layers[name])
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, done[id(layer)])
+    restack_experts(model)
+    _to_base_classes(model)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+    return model
+
+
+def densify_folder(folder: str | Path, output: str | Path, overwrite: bool = False) -> PreTrainedModel:
+    """Write the dense form of the low-rank model in `folder` to `output`, all of it or nothing; returns the model.
+
+    Files that are neither weights nor about the compression (tokenizer, generation config, license, …) are copied.
+
+    Raises:
+        LowRankError: `folder` holds no low-rank model that is whole, or `output` exists and `overwrite` is off.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LowRankError(f"there is no folder {folder}; a model on the Hub is downloaded with: hf download {folder}")
+    refuse_existing(Path(output), overwrite)
+    model = densify(load_low_rank(folder))
+    with atomic_folder(output, overwrite) as whole:
+        _copy_other_files(folder, whole)
+        model.save_pretrained(whole)
+    return model
+
+
+def _dense_layer(layer: LowRankLayer, like: nn.Module) -> nn.Module:
+    """The product of the factors as a layer of the kind of `like`, which may lie on the meta device."""
+    with torch.no_grad():
+        up, down = layer.matrices()
+        weight = (up.float() @ down.float()).to(up.dtype)
+    bias = getattr(layer, "bias", None)
+    with torch.device("meta"):
+        if isinstance(like, nn.Embedding):
+            dense: nn.Module = nn.Embedding(layer.in_features, layer.out_features, like.padding_idx)
+        elif isinstance(like, CONVOLUTIONS):
+            dense = copy.deepcopy(like)
+        elif isinstance(like, Conv1D):
+            dense = Conv1D(layer.out_features, layer.in_features)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
+    dense.weight = nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=up.requires_grad)
+    if bias is not None:
+        dense.bias = bias
+    return dense.train(layer.training)
+
+
+def _skeleton(model: LowRankMixin) -> nn.Module:
+    """The base model without weights: it knows which layers are Conv1D. Factorized experts are layers of their own."""
+    config = copy.deepcopy(model.config)
+    _to_base_config(config)
+    with torch.device("meta"):
+        skeleton = model.base_model_class(config)
+    unstack_experts(skeleton, model.lowrank_ranks)
+    return skeleton
+
+
+def _to_base_classes(model: PreTrainedModel) -> None:
+    """Model, bodies within it and configs: what was `LowRank…` is of the base class again."""
+    module: Any
+    for module in list(model.modules()):
+        for value in list(vars(module).values()):
+            if isinstance(value, LowRankConfigMixin):
+                _to_base_config(value)
+        if isinstance(module, LowRankMixin):
+            # Low-rank checkpoints are loaded without the base architecture's conversions; dense ones are saved by them.
+            for attribute in ("_rank_match", "_weight_conversions", "_tied_weights_keys", "compression_report"):
+                vars(module).pop(attribute, None)
+            module.__class__ = type(module).base_model_class  # type: ignore[assignment]
+
+
+def _to_base_config(config: Any) -> None:
+    config.__class__ = config.base_config_class
+    for key in ("ranks", "forms", "auto_map"):
+        vars(config).pop(key, None)
+
+
+def _refuse_wrapped_factors(model: nn.Module) -> None:
+    factor: Any
+    for name, layer in model.named_modules():
+        if isinstance(layer, (LowRankLinear, LowRankConv)):
+            for factor in layer.linear_factors():
+                if type(factor) not in (nn.Linear, *CONVOLUTIONS) or not factor.weight.is_floating_point():
+                    raise LowRankError(
+                        f"{name} has a factor of the kind {type(factor).__name__}, quantized or wrapped: densify a "
+                        "model before quantizing it, and after merging its adapters"
+                    )
+
+
+def _copy_other_files(source: Path, target: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.name in OURS or path.name.startswith(".") or path.name.endswith(WEIGHTS):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)

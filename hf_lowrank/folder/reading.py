@@ -1,0 +1,69 @@
+"""A folder with a low-rank model → its config, its class, the model: nothing in them made up, nothing else executed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+import hf_lowrank.nn.modeling_lowrank as modeling
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.loading import refuse_missing
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+
+
+def read_low_rank_config(folder: str | Path) -> Any:
+    """The config of the low-rank model in `folder` (or of that name on the Hub).
+
+    Raises:
+        LowRankError: no model, one whose config cannot be read, or one that is not low-rank.
+    """
+    refuse_missing(str(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, …
+        raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
+    if not getattr(config, "ranks", None):
+        raise LowRankError(f"{folder} is an ordinary {config.model_type} model: none of its layers is factorized")
+    return config
+
+
+def low_rank_class(config: Any) -> type[LowRankMixin]:
+    """The model class that a config names in `architectures`.
+
+    Raises:
+        LowRankError: transformers has no such model; the name comes from a file, so nothing else is looked up by it.
+    """
+    architecture = (config.architectures or [""])[0]
+    found = getattr(modeling, architecture, None) if architecture.startswith("LowRank") else None
+    if not (isinstance(found, type) and issubclass(found, LowRankMixin) and found is not LowRankMixin):
+        raise LowRankError(
+            f"config.json names the architecture {architecture!r}, which this version of transformers does not have"
+        )
+    return found
+
+
+def load_low_rank(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The low-rank model in `folder`, on the CPU, in the dtype it is stored in or another.
+
+    Raises:
+        LowRankError: as `read_low_rank_config`; or weights that are missing, of other shapes or of other layers.
+    """
+    model_class = low_rank_class(read_low_rank_config(folder))
+    return load_whole(model_class, folder, dtype)
+
+
+def load_whole(model_class: Any, folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """`model_class.from_pretrained(folder)`, without a single weight that the checkpoint does not have.
+
+    Raises:
+        LowRankError: the checkpoint cannot be read, or lacks weights of the model or holds others.
+    """
+    try:
+        model, info = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, safetensors its own
+        raise LowRankError(f"{folder} cannot be loaded: {error}") from error
+    for what in ("missing", "mismatched", "unexpected"):
+        if keys := sorted(map(str, info[f"{what}_keys"])):
+            raise LowRankError(f"{folder} has {what} weights: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}")
+    return model.eval()

@@ -1,0 +1,74 @@
+"""A compressed model and the record of its making → a folder that from_pretrained loads."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.compression.report import CompressionReport
+from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write_card
+from hf_lowrank.folder.fingerprint import fingerprint
+from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
+from hf_lowrank.nn.modeling_lowrank import RECORD, LowRankMixin
+
+
+def save_compressed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: CompressionReport,
+    folder: str | Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    **facts: Any,
+) -> None:
+    """Write the model, its tokenizer and `compression.json` into a new folder, all of it or nothing.
+
+    The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in
+    the record.
+
+    Raises:
+        LowRankError: the folder exists and `overwrite` is off.
+    """
+    save_model(model, tokenizer, folder, overwrite, dtype, {**facts, **report.to_dict()})
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    record: dict[str, Any] | None = None,
+) -> None:
+    """As `save_compressed`, for any model, with a record that is complete, or None."""
+    with atomic_folder(folder, overwrite) as whole:
+        if dtype is not None:
+            nn.Module.to(model, dtype)
+        model.save_pretrained(whole)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(whole)
+        if record is not None:
+            record = {**record, "fingerprint": fingerprint(model, whole)}
+            if isinstance(model, LowRankMixin):
+                record = {**card_facts(model), "tokenizer": tokenizer is not None, **record}
+                record["weights_bytes"] = weights_bytes(whole)
+                write_card(whole, record, Path(folder).resolve().name)
+            write_json(whole / RECORD, record)
+
+
+def add_facts(folder: str | Path, **facts: Any) -> None:
+    """Add to the record of a saved model what was found out later, and to its card unless somebody has edited that."""
+    path = Path(folder) / RECORD
+    before = read_json(path)
+    name = rendered_as(folder, before)
+    write_json(path, {**before, **facts})
+    if name is not None:
+        write_card(folder, {**before, **facts}, name)
+
+
+def read_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record that `save_compressed` wrote, or None where a folder has none."""
+    path = Path(folder) / RECORD
+    return read_json(path) if path.is_file() else None

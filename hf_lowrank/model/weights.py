@@ -1,0 +1,109 @@
+"""A model, wrapped, sharded or offloaded → its plain module, and the whole weight of each layer wherever it lies."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState, cpu_offload
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.nn.layers_lowrank import dense_weight, layer_class_for
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel or DataParallel, or itself.
+
+    Raises:
+        LowRankError: its parameters are in the hands of DeepSpeed ZeRO-3 or of the first version of FSDP.
+    """
+    while isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = model.module
+    if isinstance(model, FullyShardedDataParallel):
+        raise LowRankError(
+            "the model is wrapped by FullyShardedDataParallel, which flattens its weights; shard it by FSDP2 "
+            "(torch.distributed.fsdp.fully_shard, `fsdp_version: 2` of accelerate) instead"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise LowRankError(
+            "the model's weights are partitioned by DeepSpeed ZeRO-3, which is not supported; load it without "
+            "DeepSpeed, one copy for each process, with device_map, or sharded by FSDP2"
+        )
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP2), so that all must run the model at the same time."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_weight(module: nn.Module) -> Tensor:
+    """A linear's dense weight [out, in]: read where it is offloaded, gathered where it is sharded, by all."""
+    with readable(module):
+        weight = dense_weight(module).detach()
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return whole.clone() if has_offloaded_params(module) else whole  # which leaves again
+
+
+def solving_device(weight: Tensor) -> torch.device:
+    """Where a layer is factorized: where it lies, or on this process's accelerator if that is main memory."""
+    here = PartialState().device
+    can = here.type not in ("cpu", "mps")  # MPS has no float64
+    return here if can and weight.device.type == "cpu" else weight.device
+
+
+def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
+    """A low-rank layer of `factors` (`up` and `down`) in place of `linear`: offloaded to main memory if that was."""
+    with readable(linear):
+        layer = layer_class_for(linear).from_factors(linear, factors["up"], factors["down"])
+    hook: Any = getattr(linear, "_hf_hook", None)
+    if has_offloaded_params(linear):
+        cpu_offload(layer, hook.execution_device)
+    return layer
+
+
+def sums_device(module: nn.Module) -> torch.device:
+    """Where sums over a linear's tokens are kept: beside its weight, in main memory where that is offloaded."""
+    device = dense_weight(module).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def digest(module: nn.Module) -> str:
+    """A digest of a linear's weight, the same in float32 and in the half precision it was read from."""
+    return digest_of([whole_weight(module).float()])
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of the bytes of tensors."""
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of all parameters of a model, in their order, as they are loaded."""
+    return digest_of(_parameters(model))
+
+
+def _parameters(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        with readable(module):
+            for parameter in module.parameters(recurse=False):
+                yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def readable(module: nn.Module) -> Iterator[None]:
+    """Within the block, offloaded parameters of the module are there."""
+    if has_offloaded_params(module):
+        with align_module_device(module):
+            yield
+    else:
+        yield

@@ -1,0 +1,54 @@
+"""What every study works with: the layers and their objectives, and measurements that are made once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowrank.nn.layers_lowrank import dense_weight
+from hf_lowrank.solvers import Objective, get_method
+from hf_lowrank.statistics import Statistics
+from hf_lowrank.studies.analysis.evaluator import Evaluator, Measurement
+from hf_lowrank.studies.analysis.inplace import replaced_weights
+from hf_lowrank.studies.analysis.journal import Journal
+
+Change = tuple[Mapping[str, Tensor], dict[str, float]]  # new weights by layer, and facts about them to keep
+
+
+@dataclass
+class Study:
+    """A model's targeted layers with their statistics, its evaluator, and the journal of what was measured."""
+
+    targets: dict[str, nn.Module]
+    statistics: Statistics
+    evaluator: Evaluator
+    journal: Journal = field(default_factory=lambda: Journal(None, {}))
+    advance: Callable[[], Any] = lambda: None
+
+    def weight(self, name: str) -> Tensor:
+        """A layer's own weight [out, in] in float32."""
+        return dense_weight(self.targets[name]).detach().float()
+
+    def objective(self, method: str, name: str) -> Objective:
+        """What a method minimises for a layer."""
+        chosen, device = get_method(method), self.weight(name).device
+        return chosen.objective({kind: self.statistics.mean(kind, name).to(device) for kind in chosen.needs})
+
+    def measure(self, key: dict[str, Any], change: Callable[[], Change]) -> tuple[Measurement, dict[str, float]]:
+        """The model with changed weights, from the journal or by evaluating it, and the facts of the change."""
+        record = self.journal.get(key)
+        if record is None:
+            weights, facts = change()
+            with replaced_weights(self.targets, weights):
+                measured = self.evaluator.measure()
+            record = {"measured": asdict(measured), "facts": facts}
+            self.journal.add(key, record)
+        self.advance()
+        return Measurement(**record["measured"]), record["facts"]
+
+
+def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """‖Δ‖ / ‖W‖ over all layers together, from the pairs (Δ, W) of each."""
+    squares = [(float(delta.double().square().sum()), float(whole.double().square().sum())) for delta, whole in pairs]
+    return float((sum(d for d, _ in squares) / max(sum(w for _, w in squares), 1e-300)) ** 0.5)

@@ -1,0 +1,1 @@
+"""Figures from plain records and dataclasses: nothing here measures anything."""

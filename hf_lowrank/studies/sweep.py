@@ -1,0 +1,292 @@
+"""A model and a task → the score, size, loss and time of every method × allocation × budget. Resumable."""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile, get_allocation
+from hf_lowrank.compression.compress import CompressionConfig, checked_targets, compress
+from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.files import read_json, write_json
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.solvers import get_method
+from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.container import digest
+from hf_lowrank.tasks import Task, collator, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.evaluate import predict_rows, score_predictions
+from hf_lowrank.training.finetune import finetune
+
+SETTINGS, RESULTS, STATISTICS = "sweep.json", "results.jsonl", "statistics"
+
+# Time is measured on a batch of so many rows, in so many rounds.
+LATENCY_ROWS, LATENCY_ROUNDS = 32, 5
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What to sweep over, and how each model is made and judged.
+
+    Args:
+        methods: names in `METHODS`.
+        allocations: names in `ALLOCATIONS`; None for each method's own.
+        budget: a key of `BUDGETS`, `values` its values.
+        epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
+        samples: training rows that statistics are measured on, chosen by `seed`.
+        include, exclude, align, form: as in `CompressionConfig`, of all models alike.
+
+    Raises:
+        LowRankError: an unknown name, or a value out of range.
+    """
+
+    methods: tuple[str, ...] = ("svd", "fwsvd", "tfwsvd", "kfac")
+    allocations: tuple[str, ...] | None = None
+    budget: str = "rank_ratio"
+    values: tuple[float | str, ...] = (0.5, 0.33, 0.2, 0.1)
+    epochs: float = 0
+    bf16: bool = False
+    samples: int = 512
+    seed: int = 0
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    align: int | None = None
+    form: str = "factors"
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise LowRankError(f"unknown budget {self.budget!r}; there are {', '.join(BUDGETS)}")
+        self.runs()
+
+    def runs(self) -> list[CompressionConfig]:
+        """Every compression of the sweep, in order."""
+        common: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude", "align", "form")}
+        return [
+            CompressionConfig(method, allocation=allocation, **common | {self.budget: value})
+            for method in self.methods
+            for allocation in self.allocations or (get_method(method).allocation,)
+            for value in self.values
+        ]
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None,
+    config: SweepConfig,
+    folder: Path,
+    origin: dict[str, Any] | None = None,
+) -> list[Record]:
+    """Make and measure every model of the sweep; the first record is the dense model's.
+
+    Results are appended to `folder` as they come. A sweep that was interrupted, or is given further methods or values,
+    goes on with what is missing. A budget that cannot be met leaves a record that says so.
+
+    Raises:
+        LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
+    """
+    _claim(folder, model, task, config, origin or {})
+    bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {})
+    done = {_key(record): record for record in read_results(folder)}
+    wanted = [None, *config.runs()]
+    with bar("sweep", len(wanted), "models") as shown:
+        for run in wanted:
+            key = _run_key(run)
+            if key not in done:
+                done[key] = bench.dense() if run is None else bench.compressed(run)
+                _append(folder, done[key])
+            shown.update()
+    return [done[_run_key(run)] for run in wanted]
+
+
+def read_results(folder: Path) -> list[Record]:
+    """The records of a sweep so far; a last line that was cut off by a crash does not count.
+
+    Raises:
+        LowRankError: another line is damaged.
+    """
+    path = folder / RESULTS
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise LowRankError(f"{path}, line {number} is damaged; remove it to measure that model again") from None
+    return records
+
+
+class _Bench:
+    """What all models of a sweep share: the dense model, encoded data, statistics, and how they are measured."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        data_dir: Path | None,
+        config: SweepConfig,
+        folder: Path,
+        origin: dict[str, Any],
+    ) -> None:
+        self.model, self.tokenizer, self.task, self.data_dir = model, tokenizer, task, data_dir
+        self.config, self.folder = config, folder
+        self.validation: Sequence[Dataset] = load_validation(task, data_dir, tokenizer, model.config)
+        self.statistics = self._statistics(origin)
+        rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
+        self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))
+
+    def dense(self) -> Record:
+        """The record of the model as it is."""
+        figures = self._measure(self.model) | {"calibration_loss": self._calibration_loss(self.model)}
+        return {"method": "dense", "parameters": self.model.num_parameters(), **figures, "relative_latency": 1.0}
+
+    def compressed(self, run: CompressionConfig) -> Record:
+        """The record of one compressed model, with its score after fine-tuning if that is asked for."""
+        named = {
+            "method": run.method,
+            "allocation": run.allocation,
+            "budget": run.budget.kind,
+            "value": run.budget.value,
+        }
+        started = time.perf_counter()
+        try:
+            profile = self._profile(run)
+            low_rank, report = compress(
+                copy.deepcopy(self.model), run, self.statistics, progress=False, profile=profile
+            )
+        except ImpossibleBudget as error:
+            return named | {"impossible": str(error)}
+        record = named | {
+            "parameters": report.parameters_after,
+            "targeted": report.targeted_after / report.targeted_before,
+            "expected_loss": report.expected_loss,
+            "seconds": time.perf_counter() - started,
+            **self._measure(low_rank),
+            "calibration_loss": self._calibration_loss(low_rank),
+            "relative_latency": self._relative_latency(low_rank),
+            "ranks": {layer.name: layer.rank for layer in report.layers},
+        }
+        if self.config.epochs:
+            settings: Any = {"epochs": self.config.epochs, "bf16": self.config.bf16, "seed": self.config.seed}
+            facts = finetune(low_rank, self.tokenizer, self.task, self.data_dir, progress=False, **settings)
+            record |= {"score_finetuned": facts["score"], "finetuning_seconds": facts["seconds"]}
+        return record
+
+    def _measure(self, model: PreTrainedModel) -> Record:
+        """Score and mean loss on the validation data; over several splits the mean."""
+        scores, losses = [], []
+        for rows in self.validation:
+            outputs = predict_rows(model, self.tokenizer, self.task, rows, progress=False)
+            scores.append(score_predictions(outputs, self.task, model.config)["score"])
+            losses.append(sum(outputs.losses) / len(outputs.losses))
+        return {"score": sum(scores) / len(scores), "loss": sum(losses) / len(losses)}
+
+    def _calibration_loss(self, model: PreTrainedModel) -> float:
+        """The mean loss on the samples that statistics are measured on: what `expected_loss` is about."""
+        return mean_loss(model, self._loader(self.config.samples))
+
+    @torch.inference_mode()
+    def _relative_latency(self, low_rank: PreTrainedModel) -> float:
+        """The time of a batch relative to the dense model's, the median of rounds in which both take turns."""
+        batch = {key: value.to(self.model.device) for key, value in self.batch.items() if key != "labels"}
+        ratios = []
+        for _ in range(LATENCY_ROUNDS + 1):
+            seconds = []
+            for model in (self.model.eval(), low_rank.eval()):
+                started = time.perf_counter()
+                model(**batch)
+                if self.model.device.type == "cuda":
+                    torch.cuda.synchronize(self.model.device)
+                seconds.append(time.perf_counter() - started)
+            ratios.append(seconds[1] / seconds[0])
+        return median(ratios[1:])
+
+    def _statistics(self, origin: dict[str, Any]) -> Statistics | None:
+        """What all methods of the sweep need, measured once and kept in the folder."""
+        needs = list(dict.fromkeys(need for run in self.config.runs() for need in run.needs))
+        path = self.folder / STATISTICS
+        saved = Statistics.load(path) if path.is_dir() else None
+        if not needs or (saved is not None and all(saved.has(kind) for kind in needs)):
+            return saved
+        measured = compute_statistics(
+            self.model,
+            self._loader(self.config.samples),
+            [*needs, *(saved.kinds if saved else ())],
+            include=self.config.include,
+            exclude=self.config.exclude,
+            origin=origin,
+        )
+        measured.save(path, overwrite=True)
+        return measured
+
+    def _profile(self, run: CompressionConfig) -> Profile | None:
+        if get_allocation(run.allocation or "").losses != "profile":
+            return None
+        path = self.folder / f"profile-{run.method}.json"
+        if not path.is_file():
+            write_json(path, profile_losses(self.model, run, self.statistics, self._loader(PROFILE_SAMPLES)))
+        return {name: {int(rank): loss for rank, loss in by_rank.items()} for name, by_rank in read_json(path).items()}
+
+    def _loader(self, samples: int) -> DataLoader:
+        return calibration_loader(self.model, self.tokenizer, self.task, self.data_dir, samples, seed=self.config.seed)
+
+
+def _claim(folder: Path, model: PreTrainedModel, task: Task, config: SweepConfig, origin: dict[str, Any]) -> None:
+    """Note what the folder's results are of, or raise where that is something else."""
+    weights = "".join(digest(module) for module in checked_targets(model, config.runs()[0]).values())
+    fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
+    settings = {
+        "weights": hashlib.blake2b(weights.encode(), digest_size=16).hexdigest(),
+        "task": task.name,
+        "max_length": task.max_length,
+        **origin,
+    }
+    own = asdict(config)
+    settings |= {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in fixed}
+    path = folder / SETTINGS
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_json(path, settings)
+    before = read_json(path)
+    differing = [name for name in settings if settings[name] != before.get(name)]
+    if differing:
+        name = differing[0]
+        raise LowRankError(
+            f"{folder} holds a sweep with {name} {before.get(name)!r}, this one has {settings[name]!r}; "
+            "choose another folder"
+        )
+
+
+def _append(folder: Path, record: Record) -> None:
+    path = folder / RESULTS
+    if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):  # cut off by a crash
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("method", "allocation", "budget", "value"))
+
+
+def _run_key(run: CompressionConfig | None) -> tuple[Any, ...]:
+    return (
+        ("dense", None, None, None) if run is None else (run.method, run.allocation, run.budget.kind, run.budget.value)
+    )

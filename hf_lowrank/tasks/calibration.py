@@ -1,0 +1,46 @@
+"""The samples that statistics are measured on: a seeded choice of a task's training rows, in batches."""
+
+import hashlib
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.jobs.distributed import from_everyone
+from hf_lowrank.tasks import Task, collator, encode, load_split
+
+
+def calibration_loader(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None = None,
+    samples: int = 512,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> DataLoader:
+    """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
+
+    Under several processes each gets its own share. Longest first: batches need little padding, memory is highest at
+    once, and the time left is never underestimated.
+
+    Raises:
+        LowRankError: the data cannot be read or lack what the task needs.
+    """
+    rows = load_split(task, "train", data_dir).shuffle(seed=seed)
+    chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
+    longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
+    state = PartialState()  # no row twice, none left out, long and short ones for everyone
+    share = longest_first.shard(state.num_processes, state.process_index, contiguous=False)
+    return DataLoader(share, batch_size=batch_size, collate_fn=collator(task, tokenizer))
+
+
+def data_digest(loader: DataLoader) -> str:
+    """A digest of the encoded rows of a `calibration_loader` in their order, the same for any number of processes."""
+    rows: Any = loader.dataset
+    shares = from_everyone([hashlib.blake2b(repr(sorted(row.items())).encode()).digest() for row in rows])
+    ordered = (row for rank in zip_longest(*shares) for row in rank if row is not None)
+    return hashlib.blake2b(b"".join(ordered), digest_size=16).hexdigest()

@@ -1,0 +1,1 @@
+"""A model and a task's data → the trained model, and scores."""

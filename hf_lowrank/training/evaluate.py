@@ -1,0 +1,172 @@
+"""A model's score on a task's validation data."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.tasks import IGNORED, Task, collator, label_ids_of, load_validation
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """The figures of `task.metrics` over all its validation rows, and `score`, the one that counts.
+
+    In percent, perplexity apart. A task with several validation splits scores their mean. `degenerate` is 1 where all
+    predictions are the same, and 0 otherwise. `model` is left in the mode it had.
+
+    Raises:
+        LowRankError: the data cannot be read or lack what the task needs.
+    """
+    validation = load_validation(task, data_dir, tokenizer, model.config)
+    return evaluate_splits(model, tokenizer, task, validation, batch_size, progress)
+
+
+def evaluate_splits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    validation: Sequence[Dataset],
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """As `evaluate`, over splits that are encoded already (`load_validation`)."""
+    results = [evaluate_rows(model, tokenizer, task, rows, batch_size, progress) for rows in validation]
+    return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+
+
+def evaluate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Dataset,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> dict[str, float]:
+    """As `evaluate`, over rows that are encoded already."""
+    return score_predictions(predict_rows(model, tokenizer, task, rows, batch_size, progress), task, model.config)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of every row, beside the truth, and the loss of the row.
+
+    `predicted` and `labels` hold a class, a number or a list of classes for each row. For language models `predicted`
+    holds the losses of its tokens, and `labels` nothing.
+    """
+
+    predicted: list[Any]
+    labels: list[Any]
+    losses: list[float]
+
+    def take(self, rows: Iterable[int]) -> "Predictions":
+        """Those of some rows."""
+        rows = list(rows)
+        return Predictions(*([column[row] for row in rows] for column in (self.predicted, self.labels, self.losses)))
+
+
+def score_predictions(outputs: Predictions, task: Task, config: PreTrainedConfig) -> dict[str, float]:
+    """The figures of `task.metrics` and the `score`, for the model with this `config`."""
+    result = _perplexity(outputs) if task.kind == "causal_lm" else _score(outputs, task, config)
+    return {"score": result[task.score], **result}
+
+
+@torch.inference_mode()
+def predict_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Dataset,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Predictions:
+    """Run the model over encoded rows, in their order. It is left in the mode it had."""
+    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
+    training = model.training
+    model.eval()
+    outputs = Predictions([], [], [])
+    with bar(f"evaluating {task.name}", len(rows), "samples", progress) as shown:
+        for batch in loader:
+            labels = batch.pop("labels")
+            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu()
+            read = _READERS[task.kind](logits, labels)
+            outputs.predicted.extend(read.predicted)
+            outputs.labels.extend(read.labels)
+            outputs.losses.extend(read.losses)
+            shown.update(len(labels))
+    model.train(training)
+    return outputs
+
+
+def _read_classes(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return Predictions(logits.argmax(dim=-1).tolist(), labels.tolist(), losses.tolist())
+
+
+def _read_numbers(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    predicted = logits.squeeze(-1)
+    return Predictions(predicted.tolist(), labels.tolist(), (predicted - labels).square().tolist())
+
+
+def _read_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    kept = labels != IGNORED
+    predicted = [p[k].tolist() for p, k in zip(logits.argmax(dim=-1), kept, strict=True)]
+    losses = [
+        F.cross_entropy(z[k], y[k]).item() if k.any() else 0.0 for z, y, k in zip(logits, labels, kept, strict=True)
+    ]
+    return Predictions(predicted, [y[k].tolist() for y, k in zip(labels, kept, strict=True)], losses)
+
+
+def _read_text(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    following, kept = labels[:, 1:], labels[:, 1:] != IGNORED
+    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none")
+    tokens = [row[k].double().tolist() for row, k in zip(flat.view_as(kept), kept, strict=True)]
+    return Predictions(tokens, [None] * len(tokens), [math.fsum(row) / max(len(row), 1) for row in tokens])
+
+
+_READERS = {
+    "classification": _read_classes,
+    "regression": _read_numbers,
+    "token_classification": _read_tokens,
+    "causal_lm": _read_text,
+}
+
+
+def _score(outputs: Predictions, task: Task, config: PreTrainedConfig) -> dict[str, float]:
+    predictions, labels = outputs.predicted, outputs.labels
+    if task.label_names:  # from the model's labels back to those of the data
+        names = dict(zip(label_ids_of(task, config), _meanings(task), strict=True))
+        predictions, labels = _renamed(predictions, names), _renamed(labels, names)
+    distinct = {str(prediction) for prediction in predictions}
+    assert task.metrics is not None
+    figures = {key: float(value) for key, value in task.metrics(predictions, labels).items()}
+    return {**figures, "degenerate": float(len(distinct) == 1)}
+
+
+def _meanings(task: Task) -> Sequence[Any]:
+    return task.label_names if task.kind == "token_classification" else range(len(task.label_names))
+
+
+def _renamed(labels: list[Any], names: dict[int, Any]) -> list[Any]:
+    return [_renamed(label, names) if isinstance(label, list) else names[label] for label in labels]
+
+
+def _perplexity(outputs: Predictions) -> dict[str, float]:
+    losses = [loss for row in outputs.predicted for loss in row]
+    mean = math.fsum(losses) / len(losses)
+    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean, "tokens": float(len(losses))}
