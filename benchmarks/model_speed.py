@@ -13,7 +13,8 @@ from benchmarks.models import random_bert
 from hf_lowrank import LowRankLinear
 from hf_lowrank.model.forms import to_form
 from hf_lowrank.model.targets import find_targets, weight_shape
-from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.nn.editing_lowrank import replace_module
+from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.studies.bench.measure import operations
 
 SHAPES = {"MiniLM-L6": (6, 384), "BERT-base": (12, 768)}

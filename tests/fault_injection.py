@@ -15,7 +15,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.jobs import Job, content, hf_lowrank, make_data, make_model
+from tests.launches import Job, content, hf_lowrank, make_data, make_model
 
 SETTINGS = ("--method", "ekfac", "--rank-ratio", 0.3, "--batch-size", 4, "--checkpoint-minutes", 0, "--resume")
 

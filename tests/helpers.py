@@ -22,8 +22,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 
 VOCABULARY, HIDDEN, WIDE, RANK = 64, 32, 64, 8
 

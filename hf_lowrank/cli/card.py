@@ -10,7 +10,7 @@ from hf_lowrank.cli.console import console
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import write_card
 from hf_lowrank.jobs.files import read_json
-from hf_lowrank.nn.modeling_lowrank import CARD, PICTURE, RECORD
+from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, RECORD
 
 
 @app.command("card")

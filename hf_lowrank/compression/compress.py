@@ -19,8 +19,9 @@ from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.forms import check_form, to_form
 from hf_lowrank.model.targets import check_weights, find_targets, weight_shape
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
+from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
-from hf_lowrank.nn.modeling_lowrank import replace_module, restack_experts, to_low_rank_class
+from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import METHODS, get_method, get_optimizer
 from hf_lowrank.statistics import Statistics
 

@@ -11,7 +11,7 @@ from hf_lowrank.compression.compress import CompressionConfig, layer_solver
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets, unstacked, weight_shape
-from hf_lowrank.nn.modeling_lowrank import replace_module
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.statistics import Statistics
 
 # The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.

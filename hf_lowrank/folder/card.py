@@ -14,7 +14,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.facts import public_name, versions
 from hf_lowrank.jobs.files import write_text
-from hf_lowrank.nn.modeling_lowrank import CARD, PICTURE, auto_class_of, card_name
+from hf_lowrank.nn.auto_lowrank import auto_class_of
+from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, card_name
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.tasks import TASKS, Task
 
@@ -86,7 +87,7 @@ def card_facts(model: PreTrainedModel) -> Record:
         **({"base_model": public_name(name)} if name else {}),
         "base": base_facts(name),
         "architecture": type(model).__name__,
-        "auto_class": auto_class_of(model),  # type: ignore[arg-type]
+        "auto_class": auto_class_of(model),
         "versions": versions(),
     }
 

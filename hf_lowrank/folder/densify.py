@@ -15,8 +15,9 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import load_low_rank
 from hf_lowrank.jobs.files import atomic_folder, refuse_existing
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
+from hf_lowrank.nn.editing_lowrank import restack_experts, unstack_experts
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankConv, LowRankLayer, LowRankLinear, as_stored
-from hf_lowrank.nn.modeling_lowrank import LowRankMixin, restack_experts, unstack_experts
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 OURS = {
     *SOURCE_FILES,

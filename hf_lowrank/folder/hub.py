@@ -12,7 +12,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES
-from hf_lowrank.nn.modeling_lowrank import CARD, RECORD, card_for, commit_files, on_push
+from hf_lowrank.nn.publishing_lowrank import CARD, RECORD, card_for, commit_files, on_push
 
 # Cards are imported where they are written: with them come the tasks, and with those a second of imports.
 

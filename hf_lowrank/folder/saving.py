@@ -11,7 +11,8 @@ from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write_card
 from hf_lowrank.folder.fingerprint import fingerprint
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
-from hf_lowrank.nn.modeling_lowrank import RECORD, LowRankMixin
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+from hf_lowrank.nn.publishing_lowrank import RECORD
 
 
 def save_compressed(

@@ -14,8 +14,9 @@ from hf_lowrank.folder.fingerprint import probe, probe_output, sample
 from hf_lowrank.folder.reading import load_low_rank, load_whole, low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.jobs.files import sha256_of
+from hf_lowrank.nn.editing_lowrank import unstack_experts
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, dense_weight
-from hf_lowrank.nn.modeling_lowrank import LowRankMixin, unstack_experts
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 PASS, FAIL, SKIP, INFO = "PASS", "FAIL", "SKIP", "INFO"  # the last one is measured and not judged
 

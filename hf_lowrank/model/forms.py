@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import FORMS, LowRankLinear
-from hf_lowrank.nn.modeling_lowrank import LowRankMixin, replace_module
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.interpolative import interpolative
 

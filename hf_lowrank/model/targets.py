@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.weights import is_sharded, whole_weight
+from hf_lowrank.nn.editing_lowrank import replace_by_identity, tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, unstacked_names
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankLayer, dense_weight
-from hf_lowrank.nn.modeling_lowrank import replace_by_identity, tied_layers
 
 PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, in transformers: they only round in another order
 

@@ -24,7 +24,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 MODEL_TYPE = "lowrank"
 FORMAT_VERSION = 1
 FORM_NAMES = ("factors", "interpolative")
-SOURCE_FILES = ("configuration_lowrank.py", "experts_lowrank.py", "layers_lowrank.py", "modeling_lowrank.py")
+SOURCE_FILES = tuple(
+    f"{part}_lowrank.py"
+    for part in ("auto", "configuration", "editing", "experts", "layers", "matching", "modeling", "publishing")
+)
 
 _MODULE_NAME = re.compile(r"[^\s./\\]+(\.[^\s./\\]+)*")  # as `named_modules` makes them; no path can be one
 

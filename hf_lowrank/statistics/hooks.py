@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_lowrank.model.targets import unstacked
+from hf_lowrank.nn.editing_lowrank import tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, projections, visits
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
-from hf_lowrank.nn.modeling_lowrank import tied_layers
 from hf_lowrank.statistics.losses import NotSeparable
 from hf_lowrank.statistics.patches import geometry, patches
 

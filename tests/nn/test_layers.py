@@ -26,8 +26,9 @@ from hf_lowrank import CompressionConfig, CompressionReport, compress, compute_s
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.densify import densify
 from hf_lowrank.model.forms import to_form
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import InterpolativeLinear, LowRankEmbedding, LowRankTiedHead, dense_weight
-from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.interpolative import LARGEST_COEFFICIENT, interpolative
 from tests.helpers import (

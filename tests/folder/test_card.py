@@ -20,10 +20,10 @@ from hf_lowrank import METHODS, CompressionConfig, LowRankError, compress
 from hf_lowrank.folder.card import base_facts, render_card, rendered_as
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.saving import add_facts, read_record, save_compressed
-from hf_lowrank.nn.modeling_lowrank import card_for
+from hf_lowrank.nn.publishing_lowrank import card_for
 from tests.helpers import tiny_bert, tiny_gpt2, word_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REAL = sorted(path.parent for path in (ROOT / "model_cards").glob("*/record.json"))
 
 

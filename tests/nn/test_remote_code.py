@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs_to_its_end(script: str, place: Path, library: bool = False) -> bool:
     """Whether `script` reaches its last line, in a clean process that runs in `place`."""
     settings = {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    settings["PYTHONPATH"] = str(Path(__file__).parents[1]) if library else ""
+    settings["PYTHONPATH"] = str(Path(__file__).parents[2]) if library else ""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     process = subprocess.run(
         [sys.executable, "-c", script],

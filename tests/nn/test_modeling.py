@@ -33,9 +33,11 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_lowrank.nn.configuration_lowrank as configuration
 import hf_lowrank.nn.modeling_lowrank as modeling
+from hf_lowrank.nn.auto_lowrank import auto_map_of
 from hf_lowrank.nn.configuration_lowrank import LowRankConfig, config_class_for
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.nn.modeling_lowrank import replace_module, to_low_rank_class
+from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from tests.helpers import (
     HIDDEN,
     RANK,
@@ -297,7 +299,7 @@ def test_default_fields_of_the_base_config_survive(tmp_path: Path) -> None:
 
 def test_a_push_uploads_the_source_files(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded: set[str] = set()
-    monkeypatch.setattr(modeling, "_add_companions", lambda *args: None)
+    monkeypatch.setattr(modeling, "add_companions", lambda *args: None)
     monkeypatch.setattr(modeling, "commit_files", lambda paths, *args: uploaded.update(paths))
     model.save_pretrained(str(folder), push_to_hub=True, repo_id="me/model")  # over the files of an earlier save
     assert {"config.json", "model.safetensors", *configuration.SOURCE_FILES} <= uploaded
@@ -604,7 +606,7 @@ def test_every_auto_class_knows_every_head_by_a_name_that_can_be_looked_up(model
         assert low_rank.base_model_class is mapping[BertConfig]
         assert getattr(modeling, low_rank.__name__) is low_rank
         found += 1
-    assert found == len(modeling._auto_map(type(model), model.config)) - 1 > 5
+    assert found == len(auto_map_of(type(model), model.config)) - 1 > 5
     assert configuration.LowRankBertConfig is type(model.config)
     with pytest.raises(AttributeError, match="LowRankNoSuchModel"):
         _ = modeling.LowRankNoSuchModel

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
-from hf_lowrank import demo
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.studies import demo
 from hf_lowrank.tasks import encode
 from hf_lowrank.training.evaluate import evaluate_rows
 

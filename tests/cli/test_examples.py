@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from tests.jobs import QUIET, ROOT, make_data, make_model
+from tests.launches import QUIET, ROOT, make_data, make_model
 
 CONFIGS = sorted((ROOT / "examples/accelerate").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sh"))

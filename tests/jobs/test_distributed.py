@@ -19,8 +19,8 @@ from hf_lowrank.model.weights import model_digest, unwrapped
 from hf_lowrank.statistics.collect import lockstep
 from hf_lowrank.statistics.shared import InputSums
 from tests.helpers import outputs, tiny_bert, tiny_llama
-from tests.jobs import ROOT, Job, content, hf_lowrank, launch, make_data, make_model
-from tests.test_statistics import padded_batch
+from tests.launches import ROOT, Job, content, hf_lowrank, launch, make_data, make_model
+from tests.statistics.test_statistics import padded_batch
 
 KINDS = ["activation_moment", "active_tokens", "fisher", "gradient_moment", "fisher_in_eigenbasis"]  # two passes
 

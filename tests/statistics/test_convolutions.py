@@ -379,7 +379,7 @@ def test_a_checkpoint_without_its_factors_is_refused(tmp_path: Path) -> None:
     low_rank, report = compress(tiny_resnet(), CompressionConfig("svd", 0.3, include=CONVOLUTIONS), progress=False)
     name = next(iter(report.ranks))
     del low_rank.config.ranks[name]
-    low_rank._describe_layers = lambda: None
+    low_rank.describe_layers = lambda: None
     low_rank.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"does not name {name}, which would get random weights"):
         t.AutoModelForImageClassification.from_pretrained(tmp_path)

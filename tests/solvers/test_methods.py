@@ -11,7 +11,7 @@ from hf_lowrank.solvers.elementwise import eigenbasis
 from hf_lowrank.statistics import KINDS
 from hf_lowrank.statistics.kinds import active_tokens, completed, passes
 from tests.helpers import tiny_bert
-from tests.test_statistics import padded_batch
+from tests.statistics.test_statistics import padded_batch
 
 OUT, IN, RANK = 20, 30, 6
 CLOSED_FORMS = [name for name in METHODS if name not in ("tfwsvd", "ekfac")]

@@ -15,7 +15,7 @@ from hf_lowrank import LowRankError
 from hf_lowrank.jobs.checkpoint import Store, Work
 from hf_lowrank.jobs.interrupts import Stopped, ending_in_order, undivided
 from tests.fault_injection import Injection
-from tests.jobs import Job, content, hf_lowrank, launch, make_data, make_model, wait_for
+from tests.launches import Job, content, hf_lowrank, launch, make_data, make_model, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hf_lowrank.tasks import get_task
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import evaluate
 
-SHARED = Path(os.environ.get("HF_LOWRANK_SHARED", Path(__file__).parents[2] / "shared"))
+SHARED = Path(os.environ.get("HF_LOWRANK_SHARED", Path(__file__).parents[3] / "shared"))
 MODEL, DATA = SHARED / "models" / "minilm-l6-stsb", SHARED / "data" / "stsb"
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL.is_dir(), reason="no real model beside the repository")]

@@ -38,13 +38,14 @@ from hf_lowrank.folder.picture import ranks_figure
 from hf_lowrank.folder.verify import FAIL, verify
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.model.targets import find_targets, unstacked
+from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, is_stacked, projections, restack
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
-from hf_lowrank.nn.modeling_lowrank import LowRankMixin, replace_module, to_low_rank_class
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin, to_low_rank_class
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.studies.analysis import replaced_weights
 from tests.helpers import VOCABULARY, token_ids, truncated_svd
-from tests.test_remote_code import WITHOUT_LIBRARY, runs_to_its_end
+from tests.nn.test_remote_code import WITHOUT_LIBRARY, runs_to_its_end
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 SIZES |= {"vocab_size": VOCABULARY, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

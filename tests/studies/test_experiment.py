@@ -15,7 +15,7 @@ from hf_lowrank.studies.experiment.store import Store
 from hf_lowrank.studies.experiment.tables import rows_of
 from tests.tiny_task import run, write_cola, write_encoder
 
-RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))
 EIGHT = ["cola", "conll2003", "mnli", "mrpc", "qnli", "qqp", "sst2", "stsb"]
 
 

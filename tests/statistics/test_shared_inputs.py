@@ -12,7 +12,7 @@ from hf_lowrank import Statistics, compute_statistics
 from hf_lowrank.statistics.hooks import Recorder
 from hf_lowrank.statistics.shared import InputSums
 from tests.helpers import tiny_albert, tiny_bert, tiny_llama
-from tests.test_statistics import padded_batch
+from tests.statistics.test_statistics import padded_batch
 
 KINDS = ["activation_moment", "activation_magnitude", "active_tokens"]
 MODELS = {

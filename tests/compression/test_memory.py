@@ -12,8 +12,8 @@ from hf_lowrank.compression.memory import available, estimate_memory, factorizat
 from hf_lowrank.solvers import get_method
 from hf_lowrank.tasks import get_task
 from tests.helpers import tiny_bert, tiny_llama
-from tests.jobs import Job, hf_lowrank, make_data, make_model
-from tests.test_statistics import padded_batch
+from tests.launches import Job, hf_lowrank, make_data, make_model
+from tests.statistics.test_statistics import padded_batch
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,140 @@
+"""Putting layers in the place of others in a model, with ties, shared modules and stacked experts kept whole.
+
+This file travels with saved checkpoints as remote code: see modeling_lowrank.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .experts_lowrank import UnstackedExperts, own_memory, projections, restack, unstacked_names
+from .layers_lowrank import LowRankEmbedding, LowRankTiedHead
+
+
+def replace_module(model: Any, name: str, new: nn.Module) -> None:
+    """Put `new` in place of the module called `name`, under every name it is reached by (a shared module stays shared).
+
+    With an embedding, the layers whose weight is tied to its weight are replaced, and tied to its factors. Experts of
+    which it is a layer are unstacked first (see `unstack_experts`).
+
+    `config.ranks` and `config.forms` of a low-rank model are kept up to date.
+
+    Raises:
+        ValueError: there is no such module, or its weight is tied to another one (the tie would be lost).
+    """
+    if submodule(model, name) is None:
+        unstack_experts(model, [name])
+    if submodule(model, name) is not None and _replace_expert_layer(model, name, new):
+        return
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        raise ValueError(f"{type(model).__name__} has no module called {name!r}")
+    if isinstance(new, LowRankEmbedding):
+        replace_embedding(model, name, new)
+    else:
+        refuse_tied(model, name)
+        replace_by_identity(model, {modules[name]: new})
+    if is_low_rank(model):
+        model.describe_layers()
+
+
+def _replace_expert_layer(model: Any, name: str, new: nn.Module) -> bool:
+    """Replace a layer of unstacked experts, if it is one, without a walk through the model: it may have thousands."""
+    prefix, *layer = name.rsplit(".", 2)
+    experts = submodule(model, prefix)
+    if not isinstance(experts, UnstackedExperts) or len(layer) < 2 or layer[0] not in projections(experts):
+        return False
+    getattr(experts, layer[0])[int(layer[1])] = new
+    if is_low_rank(model):
+        model.describe_layer(name, new)
+    return True
+
+
+def refuse_tied(model: nn.Module, name: str) -> None:
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for one, other in ties.items():
+        if f"{name}.weight" in (one, other):
+            raise ValueError(f"{name} cannot be replaced: its weight is tied ({one} is {other})")
+
+
+def tied_layers(model: nn.Module, name: str) -> list[str]:
+    """The names of other layers whose weight is tied to that of the embedding called `name`.
+
+    Raises:
+        ValueError: the embedding is itself tied to another, which is to be replaced in its place.
+    """
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    if (source := ties.get(f"{name}.weight")) is not None:
+        raise ValueError(f"{name} cannot be replaced: its weight is tied to {source}, replace that one")
+    tied = [one.rpartition(".")[0] for one, other in ties.items() if other == f"{name}.weight"]
+    embedding = model.get_submodule(name)
+    return [one for one in tied if model.get_submodule(one) is not embedding]
+
+
+def replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
+    tied = tied_layers(model, name)
+    replacements: dict[nn.Module, nn.Module] = {model.get_submodule(name): new}
+    ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    for other in tied:
+        module = model.get_submodule(other)
+        if type(module) is nn.Embedding:
+            replacements[module] = LowRankEmbedding.like(module, new.rank)
+        elif type(module) is nn.Linear:
+            replacements[module] = LowRankTiedHead.like(module, new.rank)
+        else:
+            raise ValueError(f"{name} cannot be replaced: its weight is tied to a {type(module).__name__}, {other}")
+    replace_by_identity(model, replacements)
+    for key in [key for key, source in ties.items() if source == f"{name}.weight"]:
+        del ties[key]
+    for other in tied:
+        is_head = isinstance(model.get_submodule(other), LowRankTiedHead)
+        for factor, same in (("up", "down"), ("down", "up")) if is_head else (("up", "up"), ("down", "down")):
+            ties[f"{other}.{factor}.weight"] = f"{name}.{same}.weight"
+        if (bias := ties.pop(f"{other}.bias", None)) is not None:
+            ties[f"{other}.up.bias"] = bias
+    if tied:
+        model.all_tied_weights_keys = ties
+        model._tied_weights_keys = dict(ties)  # of this model alone, in place of the class's
+        model.tie_weights(recompute_mapping=False)
+
+
+def unstack_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the experts that have layers among `names` linear layers of their own, such as `experts.gate_up_proj.3`."""
+    owners = unstacked_names(model)
+    chosen = {owners[name] for name in names if name in owners}
+    replace_by_identity(model, {experts: UnstackedExperts(experts) for experts in chosen})
+
+
+def restack_experts(model: nn.Module) -> None:
+    """Make experts none of whose layers is factorized what they were before they were unstacked.
+
+    The dense layers of the others get memory of their own, so that the stacked parameters can be freed.
+    """
+    for experts in [module for module in model.modules() if isinstance(module, UnstackedExperts)]:
+        if experts.all_dense:
+            replace_by_identity(model, {experts: restack(experts)})
+        else:
+            own_memory(experts)
+
+
+def replace_by_identity(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in place of others, wherever in `model` those are children."""
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, child_name, replacements[child])
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def is_low_rank(model: nn.Module) -> bool:
+    """Whether a model is of a low-rank class, of which this file knows nothing else."""
+    return hasattr(model, "describe_layers")
