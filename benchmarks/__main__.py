@@ -18,6 +18,7 @@ from benchmarks import (
     coverage,
     experts,
     fisher,
+    house,
     layer,
     loading,
     memory,
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "coverage": coverage.run,
     "convolutions": convolutions.run,
     "experts": experts.run,
+    "house": house.run,
 }
 
 NEED_MODEL = ("attention", "calibration", "profile")
@@ -68,6 +70,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
   experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
+  house          the rooms of the library, and the arrows between them                     seconds
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
 Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.

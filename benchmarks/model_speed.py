@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Options, Result, Row, alternate, ratio, steady_clock
 from benchmarks.models import random_bert
 from hf_lowrank import LowRankLinear
-from hf_lowrank.model.forms import to_form
+from hf_lowrank.compression.forms import to_form
 from hf_lowrank.model.targets import find_targets, weight_shape
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import BUDGETS, Budget, Profile, Ranks, Spread, allocate, get_allocation, parse_count
+from hf_lowrank.compression.forms import check_form, to_form
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, divided, estimated_cost, on_main
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.forms import check_form, to_form
 from hf_lowrank.model.targets import check_weights, find_targets, weight_shape
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.loading import resolve
+from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import find_targets, weight_shape
 from hf_lowrank.nn.experts_lowrank import unstacked_names
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from hf_lowrank.folder.grid import Cell, heat_map
 from hf_lowrank.folder.style import styled
 from hf_lowrank.model.layer_names import is_expert_layer
-from hf_lowrank.studies.plots.grid import Cell, heat_map
 
 
 @styled

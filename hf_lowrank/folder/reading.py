@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_lowrank.nn.modeling_lowrank as modeling
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.loading import refuse_missing
+from hf_lowrank.model.locating import refuse_missing
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 

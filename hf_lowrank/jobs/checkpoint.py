@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.jobs.distributed import Result, on_main
 from hf_lowrank.jobs.files import read_json, remove_leftovers, scratch_name, space_errors, write_json
 from hf_lowrank.jobs.interrupts import kept_in
-from hf_lowrank.model.weights import digest_of
 
 FORMAT_VERSION = 1
 KEY = "job.json"

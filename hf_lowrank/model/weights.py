@@ -1,7 +1,6 @@
 """A model, wrapped, sharded or offloaded → its plain module, and the whole weight of each layer wherever it lies."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.nn.layers_lowrank import dense_weight, layer_class_for
 
 
@@ -77,14 +77,6 @@ def sums_device(module: nn.Module) -> torch.device:
 def digest(module: nn.Module) -> str:
     """A digest of a linear's weight, the same in float32 and in the half precision it was read from."""
     return digest_of([whole_weight(module).float()])
-
-
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """A digest of the bytes of tensors."""
-    state = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        state.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def model_digest(model: nn.Module) -> str:

@@ -103,9 +103,3 @@ def with_optimizer(objective: Any, optimizer: str) -> Any:
     if isinstance(objective, Rotated):
         return replace(objective, objective=with_optimizer(objective.objective, optimizer))
     return replace(objective, optimizer=optimizer, max_sweeps=MAX_ITERATIONS.get(optimizer, MAX_SWEEPS))
-
-
-def eigenbasis(left_moment: Tensor, right_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of two moments [n, n], in columns, in float32: the same for the same moments."""
-    left, right = (torch.linalg.eigh(moment.double())[1].float() for moment in (left_moment, right_moment))
-    return left, right

@@ -7,9 +7,10 @@ from typing import Protocol
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.solvers.elementwise import ElementWise, Rotated, eigenbasis
+from hf_lowrank.solvers.elementwise import ElementWise, Rotated
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling, whitening
+from hf_lowrank.statistics.eigenbasis import eigenbasis
 
 Means = dict[str, Tensor]  # of one layer, by kind, over samples
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.model.targets import weight_shape
-from hf_lowrank.solvers.elementwise import eigenbasis
+from hf_lowrank.statistics.eigenbasis import eigenbasis
 
 # Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, QuantoConfig
 
-from hf_lowrank.model.forms import to_form
+from hf_lowrank.compression.forms import to_form
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import LowRankEmbedding, LowRankLinear, dense_weight
 from tests.helpers import HIDDEN, RANK, WIDE, factorize, outputs, tiny_bert, tiny_llama, token_ids, truncated_svd

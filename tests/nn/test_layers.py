@@ -23,9 +23,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import CompressionConfig, CompressionReport, compress, compute_statistics
+from hf_lowrank.compression.forms import to_form
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.densify import densify
-from hf_lowrank.model.forms import to_form
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import InterpolativeLinear, LowRankEmbedding, LowRankTiedHead, dense_weight
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class

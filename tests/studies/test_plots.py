@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_lowrank import METHODS
+from hf_lowrank.folder.grid import grid_of, log_norm
 from hf_lowrank.folder.picture import ranks_figure
 from hf_lowrank.folder.style import data_uri, method_style, png_bytes, save_png
 from hf_lowrank.studies.analysis import (
@@ -28,7 +29,6 @@ from hf_lowrank.studies.analysis import (
     Measurement,
     SweepPoint,
 )
-from hf_lowrank.studies.plots.grid import grid_of, log_norm
 from hf_lowrank.studies.plots.predictor import correlation_figure, expectation_figure, fisher_figure
 from hf_lowrank.studies.plots.rank_sweep import rank_sweep_figure
 from hf_lowrank.studies.plots.redundancy import redundancy_figure

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from hf_lowrank.folder.grid import Cell, heat_map, log_norm
 from hf_lowrank.folder.style import styled
 from hf_lowrank.studies.analysis import LayerAnalysis
-from hf_lowrank.studies.plots.grid import Cell, heat_map, log_norm
 
 
 @styled
