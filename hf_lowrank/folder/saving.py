@@ -11,6 +11,7 @@ from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write_card
 from hf_lowrank.folder.fingerprint import fingerprint
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
+from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.nn.publishing_lowrank import RECORD
 
@@ -43,7 +44,12 @@ def save_model(
     dtype: torch.dtype | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """As `save_compressed`, for any model, with a record that is complete, or None."""
+    """As `save_compressed`, for any model, with a record that is complete, or None.
+
+    Raises:
+        LowRankError: as `save_compressed`; the model has an adapter, which alone would be saved.
+    """
+    refuse_adapter(model)
     with atomic_folder(folder, overwrite) as whole:
         if dtype is not None:
             nn.Module.to(model, dtype)

