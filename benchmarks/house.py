@@ -1,24 +1,30 @@
 """The house itself: rooms, the import arrows between them, how a model walks through `compress`, and what is long.
 
-Arrows and lengths are read from the source. The walk is a real call of `compress` on a tiny BERT: every function of the
-library in the order of its first call, one move for each change of rooms.
+Arrows and lengths are read from the source. The walks are real compressions of a tiny BERT, from Python and by the
+command, with one move for each change of rooms (see `rooms_walked`).
 """
 
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import typer
+from datasets import Dataset
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import hf_lowrank
 from benchmarks.harness import Options, Result
 from hf_lowrank import CompressionConfig, compress, compute_statistics
+from hf_lowrank.cli.app import app
+from hf_lowrank.studies.demo import make_tokenizer
 
 ROOT = Path(hf_lowrank.__file__).parent
 # The flow: a room imports only from those before it.
@@ -26,6 +32,8 @@ FLOW = (
     *("errors", "jobs", "nn", "model", "tasks", "statistics", "solvers", "allocation", "compression", "training"),
     *("folder", "pipeline", "studies", "cli"),
 )
+DEEPEST = 2  # how far inside of an argument a layer is looked for
+LABELS = ("unacceptable", "acceptable")
 # The files that know the kinds of layers.
 KINDS_AT_HOME = ("nn/", "model/")
 KIND_TEST = re.compile(r"(isinstance|type)\(.*\b(nn\.Embedding|CONVOLUTIONS|Conv1D|nn\.Conv[123]d)\b")
@@ -35,23 +43,30 @@ def run(options: Options) -> Result:
     """The table of the house."""
     arrows = set(import_arrows(ROOT))
     against = sorted((a, b) for a, b in arrows if FLOW.index(a) < FLOW.index(b))
-    walk = rooms_walked(_compress_a_tiny_model())
-    moves = list(pairwise(walk))
+    walks = {"compress": _from_python(), "hf-lowrank compress": _from_the_command()}
     longest, lines, parameters = max(command_functions(ROOT), key=lambda found: found[1])
     measured: list[tuple[str, int]] = [
         ("rooms: modules and packages at the top", len(rooms(ROOT))),
         ("import arrows between rooms", len(arrows)),
         ("arrows against the flow", len(against)),
         ("rooms that import each other, over any way", len(circles(arrows))),
-        ("rooms entered by compress", len(set(walk))),
-        ("moves between them", len(moves)),
-        ("moves back up", sum(FLOW.index(b) > FLOW.index(a) for a, b in moves)),
+        *(measure for name, walk in walks.items() for measure in _measures_of(name, walk)),
         ("lines of the longest command function", lines),
         ("its parameters", parameters),
         ("kind tests of layers outside nn/ and model/", len(kind_tests(ROOT))),
     ]
     notes = [f"against the flow: {', '.join(f'{a} → {b}' for a, b in against) or 'none'}", f"longest: {longest}"]
     return Result("The house", [{"measure": name, "value": str(value)} for name, value in measured], notes)
+
+
+def _measures_of(name: str, walk: list[str]) -> list[tuple[str, int]]:
+    moves = list(pairwise(walk))
+    back = sum(FLOW.index(b) > FLOW.index(a) for a, b in moves)
+    return [
+        (f"{name}: rooms that a model enters", len(set(walk))),
+        (f"{name}: moves between them", len(moves)),
+        (f"{name}: moves back up", back),
+    ]
 
 
 def rooms(root: Path) -> set[str]:
@@ -103,13 +118,17 @@ def kind_tests(root: Path) -> list[str]:
 
 
 def rooms_walked(action: Callable[[], Any]) -> list[str]:
-    """The rooms of the functions that `action` calls, in the order of their first calls, repetitions left out."""
+    """The rooms that a model enters during `action`, in order, repetitions left out.
+
+    Those of the library's functions that are given the model, its layers, or something that holds them: every call of
+    one such function by another, in the order of first times.
+    """
     seen: dict[Any, str] = {}
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         module = frame.f_globals.get("__name__", "")
-        if event == "call" and module.startswith("hf_lowrank."):
-            seen.setdefault(frame.f_code, module.split(".")[1])
+        if event == "call" and module.startswith("hf_lowrank.") and _is_given_a_model(frame):
+            seen.setdefault((_library_caller(frame), frame.f_code), module.split(".")[1])
 
     sys.setprofile(note)
     try:
@@ -120,12 +139,69 @@ def rooms_walked(action: Callable[[], Any]) -> list[str]:
     return [room for n, room in enumerate(entered) if n == 0 or room != entered[n - 1]]
 
 
-def _compress_a_tiny_model() -> Callable[[], Any]:
+def _is_given_a_model(frame: FrameType) -> bool:
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return any(_holds_layers(frame.f_locals.get(name)) for name in names)
+
+
+def _holds_layers(value: Any, depth: int = 0) -> bool:
+    """Whether it is a module, or a container or an object of the library that has one near its beginning."""
+    if isinstance(value, nn.Module) or depth > DEEPEST:
+        return isinstance(value, nn.Module)
+    if isinstance(value, (dict, list, tuple)):
+        inside: Iterable[Any] = list(value.values() if isinstance(value, dict) else value)[:3]
+    else:
+        own = type(value).__module__.startswith("hf_lowrank")
+        inside = list(vars(value).values()) if own and hasattr(value, "__dict__") else ()
+    return any(_holds_layers(part, depth + 1) for part in inside)
+
+
+def _library_caller(frame: FrameType) -> Any:
+    caller = frame.f_back
+    while caller is not None and not caller.f_globals.get("__name__", "").startswith("hf_lowrank."):
+        caller = caller.f_back
+    return caller and caller.f_code
+
+
+def _tiny_model() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64}
-    config = BertConfig(vocab_size=50, num_hidden_layers=2, num_attention_heads=2, num_labels=2, **sizes)
-    model = BertForSequenceClassification(config).eval()
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32}
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(LABELS)),
+        "label2id": {name: n for n, name in enumerate(LABELS)},
+    }
+    tokens = len(make_tokenizer())
+    config = BertConfig(vocab_size=tokens, num_hidden_layers=2, num_attention_heads=2, **sizes, **names)
+    return BertForSequenceClassification(config).eval()
+
+
+def _from_python() -> list[str]:
+    model, settings = _tiny_model(), CompressionConfig(rank_ratio=0.3)
     batch = {"input_ids": torch.randint(0, 50, (4, 8)), "labels": torch.tensor([0, 1, 0, 1])}
-    settings = CompressionConfig(rank_ratio=0.3)
     statistics = compute_statistics(model, [batch], settings.needs, progress=False)
-    return lambda: compress(model, settings, statistics, progress=False)
+    return rooms_walked(lambda: compress(model, settings, statistics, progress=False))
+
+
+def _from_the_command() -> list[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        _tiny_model().save_pretrained(place / "model")
+        make_tokenizer().save_pretrained(place / "model")
+        rows = Dataset.from_dict(
+            {"sentence": [f"food{n} room{n}" for n in range(16)], "label": [n % 2 for n in range(16)]}
+        )
+        for split in ("train", "validation"):
+            rows.to_parquet(place / "data" / f"{split}.parquet")
+        words = [
+            "compress",
+            str(place / "model"),
+            "--task",
+            "cola",
+            "--data-dir",
+            str(place / "data"),
+            "--max-length",
+            "16",
+        ]
+        command = typer.main.get_command(app)
+        return rooms_walked(lambda: command([*words, "--output", str(place / "small")], standalone_mode=False))
