@@ -11,7 +11,7 @@ from hf_lowrank.compression.compress import CompressionConfig, layer_solver
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets, unstacked, weight_shape
-from hf_lowrank.nn.editing_lowrank import replace_module
+from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.statistics import Statistics
 
 # The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.
@@ -29,7 +29,7 @@ def profile_losses(
 ) -> Profile:
     """What the model's loss over `loader` rises by when one layer alone is factorized, by name and rank.
 
-    Layers are replaced in place and put back. Ranks that save nothing are left out.
+    The model is as it was afterwards. Ranks that save nothing are left out.
 
     Raises:
         LowRankError: as `compress`; or the batches have no labels.
@@ -42,13 +42,10 @@ def profile_losses(
     profile: Profile = {name: {} for name in targets}
     with unstacked(model, targets), bar("profiling", sum(map(len, ranks.values())), "ranks", progress) as shown:
         dense = mean_loss(model, batches)
-        for name, linear in targets.items():
+        for name in targets:
             for rank in ranks[name]:
-                replace_module(model, name, solver.low_rank(name, rank)[0])
-                try:
+                with replaced(model, {name: solver.low_rank(name, rank)[0]}):
                     profile[name][rank] = mean_loss(model, batches) - dense
-                finally:
-                    replace_module(model, name, linear)
                 shown.update()
     return profile
 

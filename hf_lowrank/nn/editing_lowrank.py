@@ -5,20 +5,57 @@ This file travels with saved checkpoints as remote code: see modeling_lowrank.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from .experts_lowrank import UnstackedExperts, own_memory, projections, restack, unstacked_names
-from .layers_lowrank import LowRankEmbedding, LowRankTiedHead
+from .layers_lowrank import LowRankEmbedding, LowRankTiedHead, with_parameter
+
+_TIES = ("all_tied_weights_keys", "_tied_weights_keys")  # attributes of a model that an edit may change
+_DESCRIPTIONS = ("ranks", "forms")  # and of a low-rank model's config
+
+
+@contextmanager
+def replaced(model: Any, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block other modules are in the place of those named, as by `replace_module`.
+
+    However the block ends, the model then is what it was: the same modules and parameters under the same names, shared,
+    tied and stacked as before, and the same description in its config. Nothing is copied.
+
+    Raises:
+        ValueError: as `replace_module`.
+    """
+    children = {module: (dict(module._modules), dict(module._parameters)) for module in model.modules()}
+    ties = {name: vars(model)[name] for name in _TIES if name in vars(model)}  # a class may have them, too
+    config = {name: dict(getattr(model.config, name)) for name in _DESCRIPTIONS if is_low_rank(model)}
+    try:
+        for name, new in replacements.items():
+            replace_module(model, name, new)
+        yield
+    finally:
+        for module, (modules, parameters) in children.items():
+            _refill(module._modules, modules)
+            _refill(module._parameters, parameters)
+        for name in _TIES:
+            vars(model).pop(name, None)
+        vars(model).update(ties)
+        for name, described in config.items():
+            setattr(model.config, name, described)
+
+
+def _refill(content: dict[str, Any], own: Mapping[str, Any]) -> None:
+    content.clear()
+    content.update(own)
 
 
 def replace_module(model: Any, name: str, new: nn.Module) -> None:
     """Put `new` in place of the module called `name`, under every name it is reached by (a shared module stays shared).
 
-    With an embedding, the layers whose weight is tied to its weight are replaced, and tied to its factors. Experts of
-    which it is a layer are unstacked first (see `unstack_experts`).
+    With an embedding, the layers whose weight is tied to its weight are replaced, and tied to its factors, or to the
+    weight of another nn.Embedding. Experts of which it is a layer are unstacked first (see `unstack_experts`).
 
     `config.ranks` and `config.forms` of a low-rank model are kept up to date.
 
@@ -34,6 +71,8 @@ def replace_module(model: Any, name: str, new: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no module called {name!r}")
     if isinstance(new, LowRankEmbedding):
         replace_embedding(model, name, new)
+    elif isinstance(new, nn.Embedding):
+        _replace_dense_embedding(model, name, new)
     else:
         refuse_tied(model, name)
         replace_by_identity(model, {modules[name]: new})
@@ -99,6 +138,13 @@ def replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
         model.all_tied_weights_keys = ties
         model._tied_weights_keys = dict(ties)  # of this model alone, in place of the class's
         model.tie_weights(recompute_mapping=False)
+
+
+def _replace_dense_embedding(model: Any, name: str, new: nn.Embedding) -> None:
+    """Put a dense embedding in the place of another, and give its weight to the layers tied to that."""
+    tied = [model.get_submodule(other) for other in tied_layers(model, name)]
+    same_weight = {module: with_parameter(module, new.weight) for module in tied}
+    replace_by_identity(model, {model.get_submodule(name): new, **same_weight})
 
 
 def unstack_experts(model: nn.Module, names: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ This file travels with saved checkpoints as remote code: it imports nothing but 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -508,6 +509,19 @@ def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, CONVOLUTIONS):
         return weight.reshape(module.weight.shape)
     return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """The dense layer `module` with another weight [out, in], as `dense_weight` gives it, in its own dtype."""
+    own = _stored_weight(module)
+    return with_parameter(module, _parameter_like(as_stored(module, weight), own))
+
+
+def with_parameter(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+    """A module that has all in common with `module` but its parameter `weight`."""
+    other = copy.copy(module)
+    other._parameters = {**module._parameters, "weight": weight}
+    return other
 
 
 _FACTOR_CLASSES = (nn.Linear, nn.Embedding, _SharedLinear, *CONVOLUTIONS)

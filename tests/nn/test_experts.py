@@ -38,12 +38,11 @@ from hf_lowrank.folder.picture import ranks_figure
 from hf_lowrank.folder.verify import FAIL, verify
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.model.targets import find_targets, unstacked
-from hf_lowrank.nn.editing_lowrank import replace_module
+from hf_lowrank.nn.editing_lowrank import replace_module, replaced
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, is_stacked, projections, restack
-from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight, with_weight
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin, to_low_rank_class
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.studies.analysis import replaced_weights
 from tests.helpers import VOCABULARY, token_ids, truncated_svd
 from tests.nn.test_remote_code import WITHOUT_LIBRARY, runs_to_its_end
 
@@ -447,7 +446,8 @@ def test_profiles_and_analyses_reach_the_stack_and_put_it_back() -> None:
     assert all(any(profile[f"{DOWN}.{n}"].values()) for n in range(4))
     assert_unchanged(model, before)
     targets = expert_targets(model)
-    with unstacked(model, targets), replaced_weights(targets, {f"{DOWN}.0": torch.zeros(32, 24)}):
+    changed = {f"{DOWN}.0": with_weight(targets[f"{DOWN}.0"], torch.zeros(32, 24))}
+    with unstacked(model, targets), replaced(model, changed):
         assert not torch.allclose(output(model), expected)
     assert_unchanged(model, before)
     assert torch.equal(output(model), expected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, Statistics, cli, compress, compute_statistics
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.nn.layers_lowrank import dense_weight
+from hf_lowrank.nn.editing_lowrank import replaced
+from hf_lowrank.nn.layers_lowrank import dense_weight, with_weight
 from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
 from hf_lowrank.studies.analysis import (
     Analysis,
@@ -37,7 +37,6 @@ from hf_lowrank.studies.analysis import (
     effective_rank,
     fisher_shape,
     needed_statistics,
-    replaced_weights,
 )
 from hf_lowrank.studies.analysis.evaluator import _jackknife_error, curvature_of
 from hf_lowrank.studies.analysis.findings import _misjudged
@@ -55,7 +54,7 @@ from hf_lowrank.studies.analysis.truncation import directions, group_slice, trun
 from hf_lowrank.tasks import TASKS, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import Predictions, evaluate_splits
-from tests.helpers import bert_config, outputs, tiny_bert, tiny_gpt2
+from tests.helpers import bert_config, tiny_bert
 
 TASK = TASKS["stsb"]
 WORDS = [f"w{n}" for n in range(40)]
@@ -119,35 +118,9 @@ def analysis(model: Any, tokenizer: Any, validation: Any, statistics: Statistics
 # --- in place and back ---
 
 
-@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
-def test_replaced_weights_are_put_back_bit_by_bit(make: Callable[[], Any]) -> None:
-    model = make()
-    targets, before = find_targets(model), outputs(model)
-    own = dict(model.named_parameters())
-    values = {name: parameter.detach().clone() for name, parameter in own.items()}
-    new = {name: torch.randn(dense_weight(module).shape) for name, module in targets.items()}
-    with pytest.raises(KeyboardInterrupt), replaced_weights(targets, new):  # noqa: PT012
-        assert all(torch.equal(dense_weight(targets[name]), new[name]) for name in new)
-        assert not torch.equal(outputs(model), before)
-        raise KeyboardInterrupt
-    assert all(parameter is own[name] for name, parameter in model.named_parameters())
-    assert all(torch.equal(parameter, values[name]) for name, parameter in own.items())
-    assert torch.equal(outputs(model), before)
-
-
 def test_an_analysis_leaves_the_model_as_it_was(model: Any, analysis: Analysis) -> None:
     fresh = tiny_bert(num_labels=1, problem_type="regression", initializer_range=0.2)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
-
-
-def test_half_precision_keeps_its_dtype() -> None:
-    model = tiny_bert().bfloat16()
-    targets = find_targets(model)
-    name = next(iter(targets))
-    before = dense_weight(targets[name]).clone()
-    with replaced_weights(targets, {name: torch.randn(before.shape)}):
-        assert dense_weight(targets[name]).dtype == torch.bfloat16
-    assert torch.equal(dense_weight(targets[name]), before)
 
 
 # --- directions and groups ---
@@ -281,7 +254,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 def test_the_loss_increase_is_that_of_the_model(model: Any, tokenizer: Any, validation: Any) -> None:
     evaluator = Evaluator(model, tokenizer, TASK, validation)
     targets = find_targets(model)
-    with replaced_weights(targets, {name: torch.zeros_like(dense_weight(m)) for name, m in targets.items()}):
+    with replaced(model, {name: with_weight(m, torch.zeros_like(dense_weight(m))) for name, m in targets.items()}):
         measured = evaluator.measure()
         with torch.no_grad():
             logits = model(**tokenizer("w1 w2", return_tensors="pt")).logits.item()  # sees no input any more

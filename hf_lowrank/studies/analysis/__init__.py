@@ -5,7 +5,6 @@
 """
 
 from hf_lowrank.studies.analysis.evaluator import Baseline, Evaluator, Measurement
-from hf_lowrank.studies.analysis.inplace import replaced_weights
 from hf_lowrank.studies.analysis.journal import Journal
 from hf_lowrank.studies.analysis.layers import LayerAnalysis, LayerMethod
 from hf_lowrank.studies.analysis.predictor import Correlation, FisherShape, effective_rank, fisher_shape
@@ -31,5 +30,4 @@ __all__ = [
     "effective_rank",
     "fisher_shape",
     "needed_statistics",
-    "replaced_weights",
 ]

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_lowrank.nn.layers_lowrank import dense_weight
+from hf_lowrank.nn.editing_lowrank import replaced
+from hf_lowrank.nn.layers_lowrank import dense_weight, with_weight
 from hf_lowrank.solvers import Objective, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Evaluator, Measurement
-from hf_lowrank.studies.analysis.inplace import replaced_weights
 from hf_lowrank.studies.analysis.journal import Journal
 
 Change = tuple[Mapping[str, Tensor], dict[str, float]]  # new weights by layer, and facts about them to keep
@@ -40,7 +40,8 @@ class Study:
         record = self.journal.get(key)
         if record is None:
             weights, facts = change()
-            with replaced_weights(self.targets, weights):
+            changed = {name: with_weight(self.targets[name], weight) for name, weight in weights.items()}
+            with replaced(self.evaluator.model, changed):
                 measured = self.evaluator.measure()
             record = {"measured": asdict(measured), "facts": facts}
             self.journal.add(key, record)
