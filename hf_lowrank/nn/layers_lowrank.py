@@ -517,10 +517,11 @@ def with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
     return with_parameter(module, _parameter_like(as_stored(module, weight), own))
 
 
-def with_parameter(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+def with_parameter(module: nn.Module, weight: Tensor) -> nn.Module:
     """A module that has all in common with `module` but its parameter `weight`."""
     other = copy.copy(module)
-    other._parameters = {**module._parameters, "weight": weight}
+    other._parameters = dict(module._parameters)
+    other.weight = weight
     return other
 
 
