@@ -9,6 +9,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -167,12 +169,8 @@ def _library_caller(frame: FrameType) -> Any:
 def _tiny_model() -> BertForSequenceClassification:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 32}
-    names: dict[str, Any] = {
-        "id2label": dict(enumerate(LABELS)),
-        "label2id": {name: n for n, name in enumerate(LABELS)},
-    }
-    tokens = len(make_tokenizer())
-    config = BertConfig(vocab_size=tokens, num_hidden_layers=2, num_attention_heads=2, **sizes, **names)
+    sizes |= {"vocab_size": len(make_tokenizer()), "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, id2label=dict(enumerate(LABELS)), label2id={name: n for n, name in enumerate(LABELS)})
     return BertForSequenceClassification(config).eval()
 
 
@@ -188,20 +186,12 @@ def _from_the_command() -> list[str]:
         place = Path(scratch)
         _tiny_model().save_pretrained(place / "model")
         make_tokenizer().save_pretrained(place / "model")
-        rows = Dataset.from_dict(
-            {"sentence": [f"food{n} room{n}" for n in range(16)], "label": [n % 2 for n in range(16)]}
-        )
+        texts = [f"food{n} room{n}" for n in range(16)]
+        rows = Dataset.from_dict({"sentence": texts, "label": [n % 2 for n in range(len(texts))]})
         for split in ("train", "validation"):
             rows.to_parquet(place / "data" / f"{split}.parquet")
-        words = [
-            "compress",
-            str(place / "model"),
-            "--task",
-            "cola",
-            "--data-dir",
-            str(place / "data"),
-            "--max-length",
-            "16",
-        ]
+        words = ["compress", str(place / "model"), "--task", "cola", "--max-length", "16", "--json"]
+        words += ["--data-dir", str(place / "data"), "--output", str(place / "small")]
         command = typer.main.get_command(app)
-        return rooms_walked(lambda: command([*words, "--output", str(place / "small")], standalone_mode=False))
+        with redirect_stdout(StringIO()):
+            return rooms_walked(lambda: command(words, standalone_mode=False))
