@@ -20,7 +20,7 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.folder.loading import load_for_finetuning, load_model, stored_dtype
+from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained, stored_dtype
 from hf_lowrank.folder.saving import add_facts, read_record, save_model
 from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.tasks import get_task
@@ -84,7 +84,7 @@ def finetune_command(
     loaded, tokenizer, fresh = load_for_finetuning(model, the_task, seed, layers)
     distillation = None
     if teacher is not None:
-        distillation = Distillation(load_model(teacher, the_task)[0], temperature, logits_weight, hidden_weight)
+        distillation = Distillation(load_trained(teacher, the_task), temperature, logits_weight, hidden_weight)
     facts = finetune(
         loaded, tokenizer, the_task, data_dir, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
         schedule=schedule, seed=seed, bf16=bf16, patience=patience, evaluate_epochs=evaluate_epochs,

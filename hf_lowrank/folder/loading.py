@@ -4,16 +4,32 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
+from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
 
+SAFE = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
 
 def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer called `name`, on this process's device.
+    """The model and tokenizer called `name`, the model as by `load_trained`.
+
+    Raises:
+        LowRankError: as `load_trained` and `load_tokenizer`.
+    """
+    folder = resolve(name)
+    _readable_config(folder, task)
+    tokenizer = load_tokenizer(folder)  # first, as a model may take minutes
+    return load_trained(name, task), tokenizer
+
+
+def load_trained(name: str, task: Task) -> PreTrainedModel:
+    """The model called `name`, on this process's device, where no text is to be read.
 
     Half precision is computed in float32 on a CPU, which has no fast arithmetic for it, and as it is on an accelerator.
 
@@ -21,13 +37,13 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
         LowRankError: no such model, one that cannot be read, or one without a trained head for the task.
     """
     name = resolve(name)
+    _readable_config(name, task)
     device = PartialState().device
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
         model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
             name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors its own
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -39,7 +55,7 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
     saved_as = (model.config.architectures or [type(model).__name__])[0]
     if saved_as.removeprefix("LowRank") != type(model).__name__.removeprefix("LowRank"):
         raise LowRankError(f"{name} is a {saved_as}, which is not a model for {task.name}")
-    return model.to(device), tokenizer
+    return model.to(device)
 
 
 def load_for_finetuning(
@@ -54,11 +70,12 @@ def load_for_finetuning(
         LowRankError: no such model, one that cannot be read, or one that lacks more than a head.
     """
     folder = resolve(name)
+    config = _readable_config(folder, task)
+    tokenizer = load_tokenizer(folder)
+    _cut(config, layers)
+    _set_labels(config, task)
+    set_seed(seed)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        _cut(config, layers)
-        _set_labels(config, task)
-        set_seed(seed)
         model, info = task.auto_class.from_pretrained(
             folder,
             config=config,
@@ -67,9 +84,6 @@ def load_for_finetuning(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except LowRankError:
-        raise
     except Exception as error:
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -109,6 +123,26 @@ def _in_head(model: PreTrainedModel, key: str) -> bool:
     """Whether a parameter belongs to the head: outside the base model, or in the pooler between them."""
     prefix = f"{model.base_model_prefix}."
     return not key.startswith(prefix) or key.removeprefix(prefix).startswith("pooler.")
+
+
+def _readable_config(name: str, task: Task) -> PreTrainedConfig:
+    """The config of a model whose weights may be read.
+
+    Raises:
+        LowRankError: no such model, or its weights are pickled: it says how to convert them.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError
+        raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
+    pickled = [file for file in PICKLED if stored_file(name, file)]
+    if pickled and not any(stored_file(name, file) for file in SAFE):
+        raise LowRankError(
+            f"the weights of {name} are pickled ({pickled[0]}), which may run any code, and are never read; if you "
+            f"trust them: {task.auto_class.__name__}.from_pretrained({name!r}, use_safetensors=False)"
+            ".save_pretrained(FOLDER) converts them"
+        )
+    return config
 
 
 def stored_dtype(name: str) -> torch.dtype:

@@ -159,17 +159,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_pickled_weights_are_not_read(model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (pickled / file).write_bytes((model / file).read_bytes())
-    torch.save(load_file(model / "model.safetensors"), pickled / "pytorch_model.bin")
-    code, _, err = run(monkeypatch, capfd, "evaluate", pickled, "--task", "cola", "--data-dir", data)
-    assert code == 2
-    assert "no file named model.safetensors" in err
-
-
 def test_inspect_says_that_a_model_is_dense(model: Path, monkeypatch: Any, capfd: Any) -> None:
     code, _, err = run(monkeypatch, capfd, "inspect", model)
     assert code == 2

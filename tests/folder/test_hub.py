@@ -475,3 +475,14 @@ def test_remote_code_is_never_switched_on() -> None:
     ]
     assert calls
     assert all(isinstance(value, ast.Constant) and value.value is False for _, value in calls)
+
+
+def test_a_repository_without_a_tokenizer_is_refused(place: Path, clients: tuple[Client, Client]) -> None:
+    upload = "from huggingface_hub import HfApi; api = HfApi(); api.create_repo({0!r}, exist_ok=True); "
+    upload += "api.upload_folder(repo_id={0!r}, folder_path='base', allow_patterns={1!r})"
+    clients[0].done(upload.format("alice/wordless", ["config.json", "model.safetensors"]))
+    clients[0].done(upload.format("alice/worded", ["config.json", "model.safetensors", "tokenizer*"]))
+    read = "from hf_lowrank.folder.tokenizers import load_tokenizer; print(len(load_tokenizer({!r})))"
+    assert int(clients[0].done(read.format("alice/worded"))) == 64
+    refused = clients[0].run(read.format("alice/wordless")).error
+    assert refused.startswith("LowRankError: alice/wordless has no tokenizer (tokenizer.json, vocab.txt are not there)")

@@ -1,0 +1,129 @@
+"""A model without a tokenizer, or with pickled weights, is refused: nothing is made up, nothing is unpickled."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertTokenizer,
+    ByT5Tokenizer,
+    GPT2Tokenizer,
+    RobertaTokenizer,
+    T5Tokenizer,
+    WhisperTokenizer,
+)
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained
+from hf_lowrank.folder.tokenizers import _lacking, load_tokenizer
+from hf_lowrank.tasks import get_task
+from tests.helpers import bert_config, tiny_bert
+from tests.tiny_task import run, tiny_tokenizer, write_cola
+
+NONE = r"has no tokenizer \(tokenizer.json, vocab.txt are not there\); save that of the model it was made from"
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A classifier without a tokenizer, of which transformers makes up one of five tokens."""
+    tiny_bert().save_pretrained(tmp_path / "bare")
+    return tmp_path / "bare"
+
+
+def test_a_tokenizer_is_never_made_up(bare: Path) -> None:
+    for load in (load_model, load_for_finetuning):
+        with pytest.raises(LowRankError, match=NONE):
+            load(str(bare), get_task("cola"))
+    (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')  # still no words
+    with pytest.raises(LowRankError, match=NONE):
+        load_tokenizer(str(bare))
+    assert type(load_trained(str(bare), get_task("cola"))).__name__ == "BertForSequenceClassification"  # a teacher
+
+
+@pytest.mark.parametrize("kind", ["fast", "words", "derived"])
+def test_every_kind_of_tokenizer_is_taken(bare: Path, kind: str) -> None:
+    if kind == "fast":
+        tiny_tokenizer().save_pretrained(bare)
+    else:
+        (bare / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "w1"]))
+    if kind == "derived":
+        (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizerFast"}')
+    assert load_model(str(bare), get_task("cola"))[1].convert_tokens_to_ids("w1") == 5
+
+
+class _Derived(BertTokenizer):
+    """Its files are named by the class it comes from."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "lacking"),
+    [
+        (BertTokenizer, ["vocab.txt"], []),
+        (_Derived, ["vocab.txt"], []),
+        (_Derived, [], ["tokenizer.json", "vocab.txt"]),
+        (T5Tokenizer, ["spiece.model"], []),
+        (T5Tokenizer, ["tokenizer.json"], []),
+        (T5Tokenizer, ["tokenizer_config.json"], ["tokenizer.json", "spiece.model"]),
+        (GPT2Tokenizer, ["vocab.json", "merges.txt"], []),
+        (RobertaTokenizer, ["vocab.json"], ["tokenizer.json", "merges.txt"]),
+        (WhisperTokenizer, ["vocab.json", "merges.txt"], []),
+        (ByT5Tokenizer, [], []),  # bytes need no vocabulary
+    ],
+)
+def test_what_a_tokenizer_needs_is_known_by_its_class(
+    tmp_path: Path, kind: type, files: list[str], lacking: list[str]
+) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    assert _lacking(str(tmp_path), kind) == lacking
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(bare: Path) -> None:
+    (bare / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert load_tokenizer(str(bare))("ab")["input_ids"][:2] == [ord("a") + 3, ord("b") + 3]
+
+
+def test_a_broken_tokenizer_is_named(bare: Path) -> None:
+    (bare / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "None')
+    with pytest.raises(LowRankError, match=r"bare has no tokenizer that can be read \(.*\); save that of"):
+        load_model(str(bare), get_task("cola"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compress", "finetune", "statistics", "analyze", "sweep"])
+def test_every_command_that_reads_text_refuses_it(
+    bare: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, command: str
+) -> None:
+    data, output = write_cola(tmp_path / "data"), tmp_path / "out"
+    place = () if command == "evaluate" else ("--output", output)
+    code, _, err = run(monkeypatch, capfd, command, bare, "--task", "cola", "--data-dir", data, *place)
+    assert code == 2
+    last = err.strip().splitlines()[-1]
+    assert last.startswith(f"hf-lowrank: {bare} has no tokenizer (")
+    assert not (output / "config.json").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compress", "finetune"])
+def test_pickled_weights_are_never_read(bare: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, command: str) -> None:
+    tiny_tokenizer().save_pretrained(bare)
+    (bare / "model.safetensors").unlink()
+    torch.save(tiny_bert().state_dict(), bare / "pytorch_model.bin")
+    place = () if command == "evaluate" else ("--output", tmp_path / "out")
+    words = ("--task", "cola", "--data-dir", write_cola(tmp_path / "data"))
+    code, _, err = run(monkeypatch, capfd, command, bare, *words, *place)
+    assert code == 2
+    assert "are pickled (pytorch_model.bin), which may run any code, and are never read" in err
+    assert "AutoModelForSequenceClassification.from_pretrained(" in err.strip().splitlines()[-1]
+
+
+def test_what_is_told_to_convert_pickled_weights_does(bare: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(bare)
+    (bare / "model.safetensors").unlink()
+    torch.save(tiny_bert().state_dict(), bare / "pytorch_model.bin")
+    with pytest.raises(LowRankError) as error_info:
+        load_model(str(bare), get_task("cola"))
+    told = str(error_info.value).partition("if you trust them: ")[2].partition(" converts")[0]
+    from transformers import AutoModelForSequenceClassification
+
+    eval(told, {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "FOLDER": str(bare)})
+    assert load_model(str(bare), get_task("cola"))[0].config.vocab_size == bert_config().vocab_size
