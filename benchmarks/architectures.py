@@ -1,5 +1,6 @@
-"""The records of a coverage sweep → `architectures.md`: what is factorized in each family, and how each type fared."""
+"""The records of a coverage sweep → `architectures.json`, and from there a page: how each type of model fared."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,55 +15,15 @@ from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.experts_lowrank import is_stacked, unstacked_names
 
-PAGE = Path(__file__).with_name("architectures.md")
+DATA = Path(__file__).with_name("architectures.json")
 KINDS = ("linears of blocks", "embeddings", "convolutions", "3-D parameters", "other")
 Record = dict[str, Any]
 
-TEXT = """\
-# Architectures
+ABOUT = """\
+# Architectures by type
 
-Written by `python -m benchmarks coverage --all`: transformers {version}, {classes} head classes of {types} model types.
-
-## What is factorized, and what is not
-
-By default every `nn.Linear` and `Conv1D` inside a block (an entry of an `nn.ModuleList`) is factorized. `--include`
-chooses linears, embeddings and convolutions by name instead; `--exclude` takes some away.
-
-| family | factorized by default | left dense, and why |
-|---|---|---|
-| encoders: BERT, RoBERTa, DistilBERT, ELECTRA, MobileBERT, DeBERTa | query, key, value, attention output, \
-feed-forward, bottlenecks | embeddings (by `--include`), pooler and task heads: small, and a task depends on each row |
-| ALBERT | the shared block, once: one Fisher information over all its uses, one pair of factors | the rest as above |
-| decoders: Llama, Qwen, Gemma, Mistral, GPT-NeoX, Falcon | q, k, v (fewer rows where queries are grouped) or the \
-fused qkv, o, gate, up, down | `lm_head`; where it is tied to the embedding, both go together by \
-`--include embed_tokens` |
-| GPT-2 | its `Conv1D` layers, whose weight is stored transposed | as above |
-| encoder–decoders: T5, BART, Whisper | self- and cross-attention, feed-forward of both stacks | the shared embedding \
-(by `--include shared`) |
-| vision: ViT, CLIP | the linears of the blocks | patch embeddings, which are convolutions (by `--include \
-patch_embeddings.projection`, `patch_embedding`); projections and heads lie outside |
-| speech: wav2vec 2.0, HuBERT, Whisper | the linears of the blocks | the convolutions of the feature encoder (by \
-`--include "conv_layers.*.conv"`, `conv1`); the one of positions is grouped and has a weight norm |
-| multimodal: LLaVA and its kin | the blocks of every tower | the projector, unless it is a list of layers |
-| mixtures of experts | attention, shared experts, experts that are linears of their own, and every projection of \
-every expert of those that transformers stacks in 3-D parameters and decorates by `use_experts_implementation`, as \
-layers such as `experts.gate_up_proj.3` | the experts of DBRX, JetMoE, Llama 4, LongCat-Flash and Step 3.7 and the \
-shared ones of Inkling, which are not decorated; routers, which are classes of their own. An expert that no sample \
-reached has no statistics: it stays dense, and the report says so |
-| state space: Mamba, Jamba | in, x and out projections | `dt_proj`, where its weight is read instead of the layer \
-called: no statistics, so it stays dense (`svd`, which needs none, does factorize it) |
-| convolutional networks: ResNet, RegNet, DAC; ConvNeXt | nothing, they have no linear layer in a block; the pointwise \
-linears | convolutions (by `--include convolution`, `conv1`, `downsampling_layer.1`); measure the running statistics \
-of batch normalization again afterwards. Those of BiT are a class of their own |
-
-Never factorized: a subclass of `nn.Linear` that modelling code made its own (inside `nn.MultiheadAttention`, routers),
-since it may use its weight in its own way; a weight tied to something else than an embedding; convolutions that are
-transposed, grouped (depthwise) or under a weight norm. A convolution is a linear layer on patches, of a weight
-[out, in · k] for kernels of k elements: it becomes one to r channels, of the same kernel, and one of kernel size 1.
-
-Modelling code that reads `layer.weight` of a factorized layer gets the product of the factors, formed when its values
-are used. Contrastive losses (CLIP's own) compare the samples of a batch, so that a single sample's loss, which all
-statistics are of, is constant: measure on another head, or use `svd`.
+`python -m benchmarks coverage --all`, transformers {version}: {classes} head classes of {types} model types. What is \
+factorized in each family, and why not the rest: [Architectures](architectures.md).
 
 ## What the sweep checked
 
@@ -79,30 +40,60 @@ checked and came through. 3-D parameters are those of experts and of convolution
 {problems}"""
 
 
-def write_page(records: Sequence[Record], meanings: Mapping[str, str]) -> None:
-    """Write the page from the records of all head classes."""
+def write_data(records: Sequence[Record], meanings: Mapping[str, str]) -> None:
+    """Write the data of the page from the records of all head classes."""
     counts = Counter(record["status"] for record in records)
-    outcomes = [[status, str(counts[status]), meaning] for status, meaning in meanings.items() if counts[status]]
     by_type: dict[str, list[Record]] = {}
     for record in records:
         by_type.setdefault(record["type"], []).append(record)
-    rows = []
+    types = {}
     with bar("parameters by kind", len(by_type), "types") as shown:
         for model_type, heads in by_type.items():
-            rows.append([model_type, _outcome(heads), *_shares(heads)])
+            types[model_type] = [_outcome(heads), *_shares(heads)]
             shown.update()
     order = ("failed", "dense fails too", "not built")
     bad = sorted((r for r in records if r["status"] in order), key=lambda record: order.index(record["status"]))
-    problems = [[r["type"], r["class"], r["status"], r["note"][:120].replace("|", "/")] for r in bad]
-    page = TEXT.format(
-        version=transformers.__version__,
-        classes=len(records),
-        types=len(by_type),
+    data = {
+        "transformers": transformers.__version__,
+        "classes": len(records),
+        "outcomes": {
+            name: {"classes": counts[name], "meaning": text} for name, text in meanings.items() if counts[name]
+        },
+        "types": types,
+        "exceptions": [[r["type"], r["class"], r["status"], r["note"][:120].replace("|", "/")] for r in bad],
+    }
+    DATA.write_text(_one_entry_a_line(data), encoding="utf-8")
+
+
+def _one_entry_a_line(data: dict[str, Any]) -> str:
+    """JSON of which a person can read the differences between two versions: an entry of a list or a mapping a line."""
+    parts = []
+    for key, value in data.items():
+        entries = value.items() if isinstance(value, dict) else value if isinstance(value, list) else None
+        if entries is None:
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
+            continue
+        mapping = isinstance(value, dict)
+        lines = [json.dumps(dict([e]) if mapping else e, ensure_ascii=False) for e in entries]
+        body = ",\n".join(line[1:-1] if mapping else line for line in lines)
+        parts.append(f"{json.dumps(key)}: " + ("{\n%s\n}" if mapping else "[\n%s\n]") % body)
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def types_page() -> str:
+    """The page of the documentation that shows the data, in Markdown."""
+    data = json.loads(DATA.read_text(encoding="utf-8"))
+    outcomes = [[name, str(found["classes"]), found["meaning"]] for name, found in data["outcomes"].items()]
+    problems = [[kind, name, outcome, f"`{why}`"] for kind, name, outcome, why in data["exceptions"]]
+    page = ABOUT.format(
+        version=data["transformers"],
+        classes=data["classes"],
+        types=len(data["types"]),
         outcomes=_table(["outcome", "classes", "meaning"], outcomes),
-        types_table=_table(["model type", "ok", *KINDS], rows),
+        types_table=_table(["model type", "ok", *KINDS], [[kind, *cells] for kind, cells in data["types"].items()]),
         problems="\n## Exceptions\n\n" + _table(["type", "class", "outcome", "why"], problems) if problems else "",
     )
-    PAGE.write_text(page.rstrip() + "\n", encoding="utf-8")
+    return page.rstrip() + "\n"
 
 
 def _outcome(heads: Sequence[Record]) -> str:

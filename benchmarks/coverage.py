@@ -1,7 +1,7 @@
 """Every head class of every model type of transformers: compress, save, load by the Auto class, compare.
 
 Results go to a file of JSON lines, so that a sweep that was stopped goes on where it was; a whole sweep also writes
-`architectures.md` next to this file.
+`architectures.json` next to this file.
 """
 
 import gc
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.architectures import write_page
+from benchmarks.architectures import write_data
 from benchmarks.harness import Options, Result
 from benchmarks.tiny import outputs, tiny_models
 from hf_lowrank import CompressionConfig, LowRankError, compress
@@ -63,7 +63,7 @@ def run(options: Options) -> Result:
             shown.update(len(found[kind]))
     records = [done[kind, name] for kind, name, _ in heads]
     if options.everything:
-        write_page(records, MEANINGS)
+        write_data(records, MEANINGS)
     return _result(records)
 
 

@@ -269,9 +269,9 @@ def test_the_sweep_tells_what_came_of_a_class(tmp_path: Path, monkeypatch: pytes
     ]
     records = [coverage.check(head) for head in heads]
     assert [record["status"] for record in records[:2]] == ["ok", "nothing to factorize"]
-    monkeypatch.setattr(architectures, "PAGE", tmp_path / "page.md")
-    architectures.write_page(records, coverage.MEANINGS)
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(architectures, "DATA", tmp_path / "architectures.json")
+    architectures.write_data(records, coverage.MEANINGS)
+    page = architectures.types_page()
     assert "3 head classes of 3 model types" in page
     assert "| bert | 1 of 1 | 78% | 22% |  |  | 1% |" in page
     assert "| bit | nothing to factorize: 1 | " in page
