@@ -23,7 +23,7 @@ def custom_task(data_dir: Path | None, text: tuple[str, ...], label: str | None)
     """
     if data_dir is None or label is None or not 1 <= len(text) <= 2:
         raise LowRankError(
-            "the task 'custom' needs a folder of files (--data-dir), one or two --text-column and a --label-column"
+            "the task 'custom' needs a folder of files as data_dir, one or two text_columns and a label_column"
         )
     split = "train" if has_split(data_dir, "train") else "validation"
     regression = Task("custom", "regression", text, label, ("", None), "pearson_spearman", correlation)

@@ -1,6 +1,9 @@
 """A task and where its data are → the rows of a split."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -13,25 +16,24 @@ FILE_FORMATS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "js
 
 
 def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
-    """The rows of a split: of `data_dir/<split>*.{parquet,csv,json,jsonl}`, or of the task's Hub data set.
+    """The rows of a split: of `data_dir/<split>*.{parquet,csv,json,jsonl,txt}`, or of the task's Hub data set.
 
     Raises:
-        LowRankError: no such file, an unreadable one, or columns of the task that are not there.
+        LowRankError: no such file, an unreadable or empty one, or columns of the task that are not there.
     """
     if data_dir is None and not task.hub[0]:
-        raise LowRankError(f"{task.name} has no data set of its own; pass a folder with --data-dir")
-    source = f"{task.hub[0]} ({split})" if data_dir is None else str(data_dir)
+        raise LowRankError(f"{task.name} has no data set of its own; pass a folder as data_dir")
+    source = f"{task.hub[0]} ({split})"
+    given: dict[str, Any] = {"path": task.hub[0], "name": task.hub[1], "split": split}
+    if data_dir is not None:
+        file_format, files = _local_files(data_dir, split)
+        source = files[0] if len(files) == 1 else f"{data_dir} ({split})"
+        given = {"path": file_format, "data_files": files, "split": "train"}
+        given |= {"keep_linebreaks": True} if file_format == "text" else {}
     try:
-        if data_dir is None:
-            rows = load_dataset(*task.hub, split=split)
-        else:
-            file_format, files = _local_files(data_dir, split)
-            options = {"keep_linebreaks": True} if file_format == "text" else {}
-            rows = load_dataset(file_format, data_files=files, split="train", **options)
-    except LowRankError:
-        raise
+        rows = load_dataset(**given)
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and network errors
-        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {error}") from error
+        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {_reason(error)}") from error
     needed = [*task.text, *([task.label] if task.label else [])]
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
@@ -39,7 +41,48 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
             f"{task.name} needs the column {missing[0]!r}, which {source} has not for {split!r}; "
             f"its columns are {', '.join(rows.column_names)}"
         )
+    if not len(rows):
+        raise LowRankError(f"{source} has no rows; {task.name} needs one for {split!r} at least")
     return _numbered(rows, task) if task.label_values else rows
+
+
+def _reason(error: BaseException) -> str:
+    """What is wrong with a file, in one line: the first cause, which datasets wraps in words of its own."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    said = " ".join(map(str, causes))
+    if "utf-8" in said.lower() or "UTF8" in said:
+        return "it is not UTF-8; save it as UTF-8"
+    if "corresponds to no data" in said:
+        return "it has no rows"
+    lines = str(causes[-1]).strip().splitlines()
+    return lines[0] if lines else type(causes[-1]).__name__
+
+
+def described(validation: Sequence[Dataset], task: Task, data_dir: Path | None) -> dict[str, Any]:
+    """What a score was measured on: name of the data, splits, rows, and a digest of what the model reads in them."""
+    return {
+        "data": data_name(task, data_dir),
+        "splits": list(task.validation),
+        "rows": sum(map(len, validation)),
+        "digest": content_digest(validation),
+    }
+
+
+def data_name(task: Task, data_dir: Path | None) -> str:
+    """How data are called in records: a data set of the Hub, or the last part of a folder's path."""
+    return task.hub[0] if data_dir is None else data_dir.resolve().name
+
+
+def content_digest(splits: Sequence[Dataset]) -> str:
+    """A digest of the token ids and labels of encoded rows, whatever their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for rows in splits:
+        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+        digests = sorted(hashlib.blake2b(repr(pair).encode(), digest_size=16).digest() for pair in pairs)
+        digest.update(len(digests).to_bytes(8, "big") + b"".join(digests))
+    return digest.hexdigest()
 
 
 def _numbered(rows: Dataset, task: Task) -> Dataset:
@@ -62,14 +105,28 @@ def load_validation(
     return [encode(load_split(task, split, data_dir), task, tokenizer, config) for split in task.validation]
 
 
+def refuse_no_folder(folder: Path) -> None:
+    """Raise where the data are to be in a folder that is none.
+
+    Raises:
+        LowRankError: there is no such folder, or it is a file.
+    """
+    if not folder.is_dir():
+        reason = "is a file" if folder.is_file() else "does not exist"
+        raise LowRankError(f"{folder} {reason}; the data are a folder with train and validation files")
+
+
 def has_split(folder: Path, split: str) -> bool:
     """Whether a folder has files of a split."""
     return any(path.suffix.removeprefix(".") in FILE_FORMATS for path in folder.glob(f"{split}*"))
 
 
 def _local_files(folder: Path, split: str) -> tuple[str, list[str]]:
+    refuse_no_folder(folder)
     for suffix, file_format in FILE_FORMATS.items():
-        files = sorted(str(path) for path in folder.glob(f"{split}*.{suffix}"))
+        files = sorted(str(path) for path in folder.glob(f"{split}*.{suffix}") if path.is_file())
         if files:
             return file_format, files
-    raise LowRankError(f"{folder} has no {split}.parquet (or .csv, .json, .jsonl, .txt)")
+    names = sorted(path.name for path in folder.iterdir())
+    there = f"it holds {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else "it is empty"
+    raise LowRankError(f"{folder} has no {split}.parquet (or .csv, .json, .jsonl, .txt): {there}")

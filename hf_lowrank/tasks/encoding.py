@@ -13,6 +13,9 @@ from transformers import (
 )
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.tasks.checks import check_rows, checked_length
+from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.task import Task
 
 IGNORED = -100
@@ -21,21 +24,28 @@ IGNORED = -100
 def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Dataset:
     """Rows as inputs of a model, shortest first, so that batches need little padding.
 
-    The labels are those of the model: mapped by name where the model names its labels as the data do, else by position.
+    The labels are those of the model: mapped by name where the model names its labels as the data do, else by position,
+    which is said on stderr.
 
     Raises:
-        LowRankError: labels that are missing, of another type, or that the model does not know.
+        LowRankError: texts that are none; labels that are missing, of another type, or that the model does not know; a
+            length that the model cannot read, or in which no text has room; nothing is left.
     """
-    length = min(task.max_length, getattr(config, "max_position_embeddings", None) or task.max_length)
+    length = checked_length(task, tokenizer, config)
     tokenizer = copy.deepcopy(tokenizer)  # it remembers how it was called, and would be saved with that
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, Any]:
         return _ENCODERS[task.kind](batch, task, tokenizer, length, label_ids)
 
     label_ids = label_ids_of(task, config)
-    if task.label is not None:
-        _check_labels(rows, task, len(label_ids))
+    check_rows(rows, task, len(label_ids))
+    if said := mapping_note(task, config):
+        say_once(said)
+    if task.kind == "causal_lm":
+        rows = rows.select([number for number, text in enumerate(rows[task.text[0]]) if text.strip()])
     encoded = rows.map(tokenise, batched=True, remove_columns=rows.column_names, desc=f"tokenising {task.name}")
+    if not len(encoded):
+        raise LowRankError(f"the texts of {task.name} are empty: there is nothing to predict")
     lengths = [len(ids) for ids in encoded["input_ids"]]
     return encoded.select(np.argsort(lengths, kind="stable"))
 
@@ -60,6 +70,8 @@ def _encode_sequence(batch: dict, task: Task, tokenizer: Any, length: int, label
 
 def _encode_words(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
     """A word's label goes to its first piece; the others, and special tokens, are ignored."""
+    if not tokenizer.is_fast:
+        raise LowRankError(f"{task.name} needs a fast tokenizer, which knows the words of its tokens; this one is slow")
     encoded = tokenizer(batch[task.text[0]], is_split_into_words=True, truncation=True, max_length=length)
     labels = []
     for row, tags in enumerate(batch[task.label]):
@@ -70,7 +82,7 @@ def _encode_words(batch: dict, task: Task, tokenizer: Any, length: int, label_id
 
 
 def _encode_text(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
-    texts = [text for text in batch[task.text[0]] if text.strip()]
+    texts = batch[task.text[0]]
     if task.packed:
         lines = (text if text.endswith("\n") else f"{text}\n" for text in texts)
         ids = tokenizer("".join(lines))["input_ids"]
@@ -87,34 +99,3 @@ _ENCODERS = {
     "token_classification": _encode_words,
     "causal_lm": _encode_text,
 }
-
-
-def label_ids_of(task: Task, config: PreTrainedConfig) -> list[int]:
-    """The model's label for each label of the data; none where they are not classes."""
-    if not task.label_names:
-        return []
-    by_name = {str(name).lower(): int(label) for label, name in (config.id2label or {}).items()}
-    names = [name.lower() for name in task.label_names]
-    if all(name in by_name for name in names):
-        return [by_name[name] for name in names]
-    if len(by_name) != len(names):
-        raise LowRankError(
-            f"the model has {len(by_name)} labels ({', '.join(by_name)}), "
-            f"{task.name} has {len(names)} ({', '.join(names)})"
-        )
-    return list(range(len(names)))
-
-
-def _check_labels(rows: Dataset, task: Task, classes: int) -> None:
-    labels = rows[task.label]
-    if task.kind == "token_classification":
-        labels = [label for row in labels for label in row]
-    if task.kind == "regression":
-        bad = [label for label in labels if not isinstance(label, (int, float)) or label != label]
-    else:
-        bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < classes]
-    if bad:
-        raise LowRankError(
-            f"{len(bad)} labels of {task.name} are not usable, such as {bad[0]!r} in column {task.label!r}"
-            + (f"; they must be 0 to {classes - 1}" if classes else "; they must be numbers")
-        )

@@ -1,12 +1,15 @@
 """The tasks by name."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.custom import custom_task
+from hf_lowrank.tasks.data import refuse_no_folder
 from hf_lowrank.tasks.metrics import accuracy, correlation, entities, f1, matthews
 from hf_lowrank.tasks.task import Task
 
@@ -68,6 +71,24 @@ TASKS = {
 NAMES = (*TASKS, "custom")
 
 
+def task_name(name: str) -> str:
+    """The name of a task in whatever case and spelling: "STS-B", "sts_b" and "stsb" are one.
+
+    Raises:
+        LowRankError: there is no such task; the message lists the names, and the nearest.
+    """
+    spelled = {_letters(known): known for known in NAMES}
+    if found := spelled.get(_letters(name)):
+        return found
+    near = get_close_matches(_letters(name), spelled, 1)
+    meant = f"; did you mean {spelled[near[0]]!r}?" if near else ""
+    raise LowRankError(f"unknown task {name!r}; the tasks are {', '.join(NAMES)}{meant}")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
 def get_task(
     name: str,
     max_length: int | None = None,
@@ -76,21 +97,24 @@ def get_task(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
 ) -> Task:
-    """The task called `name`, cut at another length or reading other columns if given.
+    """The task called `name` (`task_name`), cut at another length or reading other columns if given.
 
     "custom" is a classification, or regression where the labels are fractions, of the files in `data_dir`; the names of
     its columns must be given.
 
     Raises:
-        LowRankError: there is no such task, the message lists the names; or columns that it cannot have.
+        LowRankError: there is no such task, the message lists the names; columns that it cannot have; a length below 1.
     """
+    name = task_name(name)
+    if max_length is not None and max_length < 1:
+        raise LowRankError(f"a text is cut at 1 token at least, not at max_length {max_length}")
+    if data_dir is not None:
+        refuse_no_folder(data_dir)
     if name == "custom":
         task = custom_task(data_dir, tuple(text_columns or ()), label_column)
-    elif name in TASKS:
-        task = _with_columns(TASKS[name], tuple(text_columns or ()), label_column)
     else:
-        raise LowRankError(f"unknown task {name!r}; the tasks are {', '.join(NAMES)}")
-    return replace(task, max_length=max_length) if max_length else task
+        task = _with_columns(TASKS[name], tuple(text_columns or ()), label_column)
+    return replace(task, max_length=max_length, length_asked=True) if max_length else task
 
 
 def _with_columns(task: Task, text: tuple[str, ...], label: str | None) -> Task:

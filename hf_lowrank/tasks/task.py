@@ -28,6 +28,7 @@ class Task:
     validation: tuple[str, ...] = ("validation",)
     packed: bool = False  # texts are lines, joined and cut into blocks of equal length, as is usual for running text
     max_length: int = 128
+    length_asked: bool = False  # max_length is a user's: a model that cannot read so much is an error
 
     @property
     def auto_class(self) -> Any:

@@ -1,5 +1,7 @@
 """Tasks read local files, align labels, and score as the standard scripts do; bad data are named."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks import TASKS, encode, get_task, load_split
+from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.tasks import TASKS, encode, get_task, label_ids_of, label_mapping, load_split
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import evaluate
 from tests.helpers import bert_config
@@ -220,8 +224,170 @@ def test_every_task_is_complete() -> None:
         assert task.name == name
         assert (task.metrics is None) == task.lower_is_better
         assert (task.label is None) == (task.kind == "causal_lm")
-    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, custom"):
+    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, custom$"):
         get_task("glue")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("STS-B", "stsb"), ("sts_b", "stsb"), ("SST-2", "sst2"), ("CoNLL-2003", "conll2003"), ("WikiText 2", "wikitext2")],
+)
+def test_a_task_is_known_in_any_case_and_spelling(written: str, name: str) -> None:
+    assert get_task(written) == TASKS[name]
+
+
+def test_the_nearest_task_is_named() -> None:
+    with pytest.raises(LowRankError, match="unknown task 'STS'; .* did you mean 'stsb'?"):
+        get_task("STS")
+
+
+# --- bad data ---
+
+STSB = {"sentence1": ["a", "b"], "sentence2": ["a", "b"], "label": [1.0, 2.0]}
+WORDS_TAGS = {"tokens": [["a", "cat"], ["mat"]], "ner_tags": [[0, 1], [0]]}
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "message"),
+    [
+        ("cola", COLA | {"sentence": ["a", None, "b", None]}, "2 of 4 rows of the column 'sentence'.* None in row 1"),
+        ("cola", COLA | {"sentence": [3, 4, 5, 6]}, "such as 3 in row 0; cola needs a text there"),
+        ("cola", COLA | {"label": [0.0, 1.0, 1.0, 0.0]}, "such as 0.0 in column 'label'; they must be 0 to 1, whole"),
+        ("cola", COLA | {"label": [0, 1, 2, 0]}, "1 labels of cola are not usable, such as 2"),
+        ("stsb", STSB | {"label": [1.0, float("inf")]}, "such as inf in column 'label'; they must be numbers"),
+        ("stsb", STSB | {"label": ["1", "2"]}, "such as '1' in column 'label'; they must be numbers"),
+        ("conll2003", WORDS_TAGS | {"tokens": ["a cat", "mat"]}, "such as 'a cat' in row 0; .* a list of words"),
+        ("conll2003", WORDS_TAGS | {"tokens": [["a", None], ["b"]]}, r"such as \['a', None\] in row 0"),
+        ("conll2003", WORDS_TAGS | {"ner_tags": [0, 1]}, "such as 0 in row 0; conll2003 needs a list of labels"),
+        (
+            "conll2003",
+            WORDS_TAGS | {"ner_tags": [[0], [1]]},
+            "row 0 has 2 words in 'tokens' and 1 labels in 'ner_tags'",
+        ),
+        ("conll2003", WORDS_TAGS | {"ner_tags": [["O", "O"], ["O"]]}, "such as 'O' in column 'ner_tags'"),
+        ("text", {"text": ["the cat", None]}, "such as None in row 1; text needs a text there"),
+        ("text", {"text": ["", " "]}, "the texts of text are empty: there is nothing to predict"),
+        ("cola", {"sentence": [], "label": []}, "validation.parquet: it has no rows"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, task: str, columns: dict[str, list[Any]], message: str
+) -> None:
+    the_task, data = get_task(task), write(tmp_path, validation=columns)
+    config = bert_config(num_labels=max(1, len(the_task.label_names)))
+    with pytest.raises(LowRankError, match=message):
+        encode(load_split(the_task, "validation", data), the_task, tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.csv", b"", "train.csv: No columns to parse from file"),
+        ("train.csv", b"sentence,label\n", "train.csv: it has no rows"),
+        (
+            "train.csv",
+            "sentence,label\ncaf\xe9,1\n".encode("latin-1"),
+            "train.csv: it is not UTF-8; save it as UTF-8",
+        ),
+        ("train.csv", b"sentence,label\na,b,c,d\ne,f\n1,2,3,4,5,6\n", "train.csv: "),
+        ("train.json", b'{"sentence": "a", ', "train.json: "),
+        ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence"\n', "train.jsonl: "),
+        ("train.jsonl", b"", "train.jsonl"),
+        ("train.parquet", b"PAR1nonsense", "train.parquet: "),
+        ("train.parquet", b"", "train.parquet: "),
+    ],
+)
+def test_broken_files_are_named_with_the_cause(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(LowRankError, match=message) as error_info:
+        load_split(get_task("cola"), "train", tmp_path)
+    assert "\n" not in str(error_info.value)
+    assert "An error occurred while generating the dataset" not in str(error_info.value)
+
+
+def test_a_folder_that_holds_no_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LowRankError, match=r"nowhere does not exist; the data are a folder with train and validation"):
+        get_task("cola", data_dir=tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(LowRankError, match=r"file is a file; the data are a folder"):
+        load_split(get_task("cola"), "train", tmp_path / "file")
+    with pytest.raises(LowRankError, match=r"has no train.parquet \(.*\): it holds file$"):
+        load_split(get_task("cola"), "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "message"),
+    [
+        ("cola", 0, "cut at 1 token at least, not at max_length 0"),
+        ("cola", -5, "cut at 1 token at least, not at max_length -5"),
+        ("cola", 2, "max_length 2 is too short for cola: 3 tokens are the least"),
+        ("stsb", 3, "max_length 3 is too short for stsb: 4 tokens are the least"),
+        ("text", 1, "max_length 1 is too short for text: 2 tokens are the least"),
+        ("cola", 33, "the model reads 32 tokens at most; max_length 33 is too long"),
+    ],
+)
+def test_a_length_that_cannot_be_is_named(
+    tokenizer: PreTrainedTokenizerFast, task: str, length: int, message: str
+) -> None:
+    rows = Dataset.from_dict({"text": ["a"], "sentence": ["a"], "sentence1": ["a"], "sentence2": ["a"], "label": [1]})
+    with pytest.raises(LowRankError, match=message):
+        encode(rows, get_task(task, length), tokenizer, bert_config(num_labels=1 if task == "stsb" else 2))
+
+
+def test_the_tokenizers_own_limit_counts_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    limited = copy.deepcopy(tokenizer)
+    limited.model_max_length = 16  # as of RoBERTa, two of whose positions are never used
+    rows = Dataset.from_dict({"sentence": ["the cat " * 20], "label": [1]})
+    assert len(encode(rows, get_task("cola"), limited, bert_config())["input_ids"][0]) == 16
+    with pytest.raises(LowRankError, match="the model reads 16 tokens at most; max_length 20"):
+        encode(rows, get_task("cola", 20), limited, bert_config())
+
+
+# --- names of labels ---
+
+
+def named(*names: str) -> PreTrainedConfig:
+    return bert_config(id2label=dict(enumerate(names)), label2id={name: n for n, name in enumerate(names)})
+
+
+def test_labels_matched_by_position_are_told_once(tokenizer: PreTrainedTokenizerFast, capfd: Any) -> None:
+    say_once.cache_clear()
+    rows = Dataset.from_dict({"sentence": ["a"], "label": [1]})
+    for _ in range(2):
+        encode(rows, get_task("cola"), tokenizer, named("bad", "good"))
+    assert capfd.readouterr().err.count("unacceptable = bad, acceptable = good") == 1
+    encode(rows, get_task("cola"), tokenizer, bert_config())
+    assert (
+        "matched by position, as the model has other names for them: unacceptable = LABEL_0" in capfd.readouterr().err
+    )
+    encode(rows, get_task("cola"), tokenizer, named("ACCEPTABLE", "unacceptable"))
+    assert "position" not in capfd.readouterr().err
+
+
+def test_a_record_says_which_label_is_which() -> None:
+    cola = get_task("cola")
+    assert label_mapping(cola, named("bad", "good")) == {
+        "matched_by": "position", "labels": {"unacceptable": "bad", "acceptable": "good"},
+    }  # fmt: skip
+    assert label_mapping(cola, named("acceptable", "unacceptable")) == {
+        "matched_by": "name", "labels": {"unacceptable": "unacceptable", "acceptable": "acceptable"},
+    }  # fmt: skip
+    assert label_mapping(get_task("stsb"), named("x")) is None
+
+
+def test_names_that_contradict_the_position_are_refused() -> None:
+    with pytest.raises(LowRankError, match="calls label 0 'entailment', which is label 1 of the model"):
+        label_ids_of(get_task("mnli"), named("contradicted", "entailment", "neutral"))
+    assert label_ids_of(get_task("mnli"), named("entailment", "none", "contradiction")) == [0, 1, 2]
+    assert label_ids_of(get_task("mnli"), named("0", "1", "2")) == [0, 1, 2]
+    with pytest.raises(LowRankError, match=r"the model has 3 labels \(a, b, c\), cola has 2"):
+        label_ids_of(get_task("cola"), named("a", "b", "c"))
+
+
+def test_names_that_differ_in_case_alone_are_told_apart() -> None:
+    task = replace(get_task("cola"), label_names=("Polish", "polish"))
+    assert label_ids_of(task, named("polish", "Polish")) == [1, 0]
+    assert label_ids_of(task, named("x", "y")) == [0, 1]
 
 
 # --- a person's own data ---
@@ -283,7 +449,7 @@ def test_a_label_that_training_never_had_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"x": ["a"], "y": [1]}, {}, "needs a folder of files .* one or two --text-column and a --label-column"),
+        ({"x": ["a"], "y": [1]}, {}, "needs a folder of files .* one or two text_columns and a label_column"),
         ({"x": ["a"], "y": [1]}, {"text_columns": ["x"]}, "needs a folder of files"),
         ({"x": ["a"], "y": [1]}, {"text_columns": ["z"], "label_column": "y"}, "custom needs the column 'z'.* x, y"),
         ({"x": ["a"], "y": [1]}, {"text_columns": ["x"], "label_column": "y"}, "holds 1 different labels"),
@@ -316,5 +482,5 @@ def test_any_text_has_a_perplexity(tmp_path: Path, tokenizer: PreTrainedTokenize
     rows = evaluate(model, tokenizer, get_task("text", text_columns=["body"]), tmp_path / "rows", progress=False)
     assert plain["tokens"] == 11  # 10 words and two special tokens, the first of which is not predicted
     assert rows == plain
-    with pytest.raises(LowRankError, match="text has no data set of its own; pass a folder with --data-dir"):
+    with pytest.raises(LowRankError, match="text has no data set of its own; pass a folder as data_dir"):
         load_split(get_task("text"), "validation", None)

@@ -1,0 +1,90 @@
+"""Rows, task, model → nothing, or one line on what in the rows, or in the length they are cut at, cannot be."""
+
+import math
+import reprlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.tasks.task import Task
+
+
+def checked_length(task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """The tokens that a text is cut at: the task's, or the most that the model reads where that is less.
+
+    Raises:
+        LowRankError: more was asked for than the model reads, or less than one token beside the special ones.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit > 0]
+    most = int(min([*limits, sys.maxsize]))
+    least = 2 if task.kind == "causal_lm" else 1 + tokenizer.num_special_tokens_to_add(len(task.text) > 1)
+    length = min(task.max_length, most)
+    if task.length_asked and task.max_length > most:
+        raise LowRankError(f"the model reads {most:,} tokens at most; max_length {task.max_length:,} is too long")
+    if length < least:
+        raise LowRankError(f"max_length {length} is too short for {task.name}: {least} tokens are the least here")
+    return length
+
+
+def check_rows(rows: Dataset, task: Task, classes: int) -> None:
+    """Raise where a text or a label is not what the task needs; `classes` is the number of labels, 0 for none.
+
+    Raises:
+        LowRankError: it names the column, a value and its row.
+    """
+    words = task.kind == "token_classification"
+    for column in task.text:
+        kind, usable = ("a list of words", _is_words) if words else ("a text", _is_text)
+        _refuse(rows[column], column, usable, f"{task.name} needs {kind} there")
+    if task.label is None:
+        return
+    if words:
+        _refuse(rows[task.label], task.label, _is_list, f"{task.name} needs a list of labels there")
+        _check_lengths(rows, task)
+    labels = [label for row in rows[task.label] for label in row] if words else rows[task.label]
+    if task.kind == "regression":
+        bad = [label for label in labels if not isinstance(label, (int, float)) or not math.isfinite(label)]
+    else:
+        bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < classes]
+    if bad:
+        raise LowRankError(
+            f"{len(bad)} labels of {task.name} are not usable, such as {bad[0]!r} in column {task.label!r}"
+            + (f"; they must be 0 to {classes - 1}, whole numbers" if classes else "; they must be numbers")
+        )
+
+
+def _refuse(values: Sequence[Any], column: str, usable: Callable[[Any], bool], needed: str) -> None:
+    bad = [(number, value) for number, value in enumerate(values) if not usable(value)]
+    if bad:
+        number, value = bad[0]
+        raise LowRankError(
+            f"{len(bad)} of {len(values)} rows of the column {column!r} are not usable, such as {reprlib.repr(value)} "
+            f"in row {number}; {needed}"
+        )
+
+
+def _check_lengths(rows: Dataset, task: Task) -> None:
+    pairs = zip(rows[task.text[0]], rows[task.label], strict=True)
+    for number, (words, labels) in enumerate(pairs):
+        if len(words) != len(labels):
+            raise LowRankError(
+                f"row {number} has {len(words)} words in {task.text[0]!r} and {len(labels)} labels in {task.label!r}; "
+                f"{task.name} needs one for each"
+            )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
