@@ -28,5 +28,5 @@ def print_methods_for_help(value: str) -> str:
 def _cost(method: Method) -> str:
     """Passes over the calibration data, each about one of training, and the kind of solver."""
     count = len(passes(method.needs))
-    data = {0: "no data", 1: "1 pass"}.get(count, f"{count} passes")
+    data = {0: "no data", 1: "1 pass", 2: "2 passes"}.get(count, f"up to {count} passes")
     return f"{data}, {'iterates' if method.iterates else 'closed form'}"

@@ -18,6 +18,7 @@ from hf_lowrank.model.targets import find_targets, weight_shape
 from hf_lowrank.nn.experts_lowrank import unstacked_names
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
 from hf_lowrank.statistics.kinds import KINDS, passes, sum_shape
+from hf_lowrank.statistics.kronecker import ALTERNATING
 from hf_lowrank.tasks import Task
 
 GIB = 2**30
@@ -79,7 +80,7 @@ def estimate_memory(
 
 
 def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int:
-    """Of the sums of these kinds, and of those that they need, in float32."""
+    """Of the sums of these kinds, and of those that they need, in float32. Factors that take turns lie there twice."""
     total = 0
     for kind in {kind for part in passes(kinds) for kind in part}:
         sums = {}
@@ -89,7 +90,7 @@ def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int
             may_share = KINDS[kind].of_input and not isinstance(module, CONVOLUTIONS)
             key = (beside, in_features) if may_share and not last.isdigit() else name  # each expert has its own tokens
             sums[key] = 4 * prod(sum_shape(kind, module))
-        total += sum(sums.values())
+        total += sum(sums.values()) * (2 if kind in ALTERNATING else 1)
     return total
 
 

@@ -1,6 +1,7 @@
 """What a compression did, layer by layer: for a person as a table, for a machine as JSON."""
 
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -13,7 +14,8 @@ class LayerReport:
 
     `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, 0 where dense.
     `expected_loss` is what the change is expected to add to the loss, to second order; None where the statistics do not
-    tell. `trace` is the objective after every iteration, for methods that iterate.
+    tell. `trace` is the objective after every iteration, for methods that iterate. `fisher_cosine` is how close a
+    method's Kronecker product comes to the Fisher information of whole samples (see `Statistics.fisher_cosine`).
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerReport:
     seconds: float = 0.0
     note: str = ""
     trace: tuple[float, ...] = ()
+    fisher_cosine: float | None = None
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "LayerReport":
@@ -89,8 +92,16 @@ class CompressionReport:
             f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
             f"({_share(self.targeted_after, self.targeted_before)})\n"
             f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
-            f"({_share(self.parameters_after, self.parameters_before)}){expected}"
+            f"({_share(self.parameters_after, self.parameters_before)}){expected}{self._nearness()}"
         )
+
+    def _nearness(self) -> str:
+        """How near the method's Kronecker products come to the Fisher information, where that was measured."""
+        cosines = [layer.fisher_cosine for layer in self.layers if layer.fisher_cosine is not None]
+        if not cosines:
+            return ""
+        middle, least, most = median(cosines), min(cosines), max(cosines)
+        return f"\ncosine with the Fisher information of whole samples {middle:.2f} ({least:.2f} to {most:.2f})"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(

@@ -56,6 +56,7 @@ class LayerSolver:
             expected_loss=None if unit is None else float(error) * unit / 2,
             seconds=time.perf_counter() - started,
             trace=factors.trace,
+            fisher_cosine=self._fisher_cosine(name),
         )
 
     def dense(self, name: str) -> LayerReport:
@@ -84,6 +85,12 @@ class LayerSolver:
             return None
         rows, shape = self.statistics.mean("fisher_rows", name), weight_shape(self.targets[name])
         return loss_per_error(objective, rows, shape) * self.statistics.curvature
+
+    def _fisher_cosine(self, name: str) -> float | None:
+        """How close the method's factors come to the Fisher information, if the method measures that."""
+        if self.statistics is None or "fisher_sketch" not in self.method.needs:
+            return None
+        return self.statistics.fisher_cosine(name)
 
 
 def _root_ratio(error: Tensor, whole: Tensor) -> float:

@@ -174,11 +174,11 @@ def kfac(statistics: Means) -> Objective:
     "gfwsvd",
     "tr Δᵀ B Δ A, A ⊗ B the nearest Kronecker product to E[vec G_n vec G_nᵀ]",
     "GFWSVD, Chekalina et al. (2025)",
-    ("kronecker_in", "kronecker_out"),
+    ("kronecker_in", "kronecker_out", "fisher_sketch"),
     "greedy",
 )
 def gfwsvd(statistics: Means) -> Objective:
-    """As `kfac`, with the factors that come closest to the Fisher information of whole samples."""
+    """As `kfac`, with the factors that come closest to the Fisher information of whole samples, found by iteration."""
     inputs = WhiteningScaling(statistics["kronecker_in"], ACTIVATION_DAMPING)
     return Scaled(WhiteningScaling(statistics["kronecker_out"], GRADIENT_DAMPING), inputs)
 

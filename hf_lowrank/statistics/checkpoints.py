@@ -1,5 +1,7 @@
 """Checkpoints of statistics: each process's own sums within a pass over the data, everyone's after each pass."""
 
+import copy
+import shutil
 from pathlib import Path
 
 from accelerate import PartialState
@@ -8,8 +10,6 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Store, Work
 from hf_lowrank.jobs.distributed import Result, on_main
 from hf_lowrank.statistics.container import Statistics
-
-PASSES = 2  # at most
 
 
 class Checkpoints:
@@ -27,9 +27,12 @@ class Checkpoints:
         Raises:
             LowRankError: they are damaged.
         """
-        number = on_main(lambda: max((n for n in range(1, PASSES + 1) if self._folder(n).exists()), default=0))
+        number = on_main(lambda: max((self._number(path) for path in self.work.folder.glob("statistics-*")), default=0))
         self.number = number + 1
-        return (Statistics.load(self._folder(number)) if number else None), number
+        if number == 0:
+            return None, 0
+        in_memory = copy.deepcopy(Statistics.load(self._folder(number)))  # the next pass removes the files
+        return in_memory, number
 
     @property
     def sums(self) -> Store:
@@ -55,11 +58,16 @@ class Checkpoints:
         self.work.checkpointed()
 
     def finish(self, measured: Statistics) -> None:
-        """Write what this pass and those before have measured, and let go of the sums that went into it."""
+        """Write what this pass and those before have measured, and let go of all that went into it."""
         on_main(lambda: measured.save(self._folder(self.number)))
         on_main(self.sums.remove)
+        on_main(lambda: shutil.rmtree(self._folder(self.number - 1), ignore_errors=True))
         self.number += 1
         self.work.checkpointed()
+
+    @staticmethod
+    def _number(folder: Path) -> int:
+        return int(folder.name.removeprefix("statistics-"))
 
     def _folder(self, number: int) -> Path:
         return self.work.folder / f"statistics-{number}"

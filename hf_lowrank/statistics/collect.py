@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
-from hf_lowrank.jobs.distributed import Result, from_everyone, summed
+from hf_lowrank.jobs.distributed import Result, from_everyone, on_main, summed
 from hf_lowrank.jobs.interrupts import Stopped, undivided
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets
@@ -20,6 +20,7 @@ from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
 from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, completed, passes, sum_shape
+from hf_lowrank.statistics.kronecker import ALTERNATING, RISE, rise
 from hf_lowrank.statistics.losses import (
     Batch,
     NotSeparable,
@@ -68,7 +69,8 @@ def compute_statistics(
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
-    One pass measures them all, apart from the few that others must precede (see `passes`): a second one.
+    One pass measures them all, apart from the few that others must precede (see `passes`): a second one. The nearest
+    Kronecker product takes more, until it comes no nearer (see `RISE`).
 
     The unit is a sample's own task loss: its mean over its own labelled tokens, dropout off. Batches only save time:
     the first one is checked against its samples taken alone, and where a model mixes samples or has a loss of
@@ -100,7 +102,9 @@ def compute_statistics(
     checkpoints = None if work is None else Checkpoints(work)
     measured, done = (None, 0) if checkpoints is None else checkpoints.finished()
     for number, part in list(enumerate(plan, 1))[done:]:
-        title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {len(plan)}"
+        if measured is not None and _settled(measured):
+            break
+        title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
         run = _Pass(model, targets, part, measured, None if device is None else torch.device(device))
         with bar(title, _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
             _run(run, loader, shown, checkpoints)
@@ -133,11 +137,24 @@ def _run(run: "_Pass", loader: Iterable[Batch], shown: Any, checkpoints: Checkpo
         raise
 
 
+def _settled(measured: Statistics) -> bool:
+    """Whether the factors that take turns have come to rest, by the main process's figures."""
+    if not all(kind in measured.sums for kind in ALTERNATING):
+        return False
+    factors = [measured.sums[kind] for kind in ALTERNATING]
+    return on_main(lambda: all(rise(*(by_name[name] for by_name in factors)) <= RISE for name in factors[0]))
+
+
+def _at_most(count: int) -> str:
+    """A number of passes, of which more than two are only made while they help."""
+    return str(count) if count <= 2 else f"at most {count}"
+
+
 def _refuse_embeddings(targets: dict[str, nn.Module], kinds: Sequence[str]) -> None:
-    second = [kind for kind in kinds if KINDS[kind].needs]
+    dense = [kind for kind in kinds if KINDS[kind].dense]
     embeddings = [name for name, module in targets.items() if isinstance(module, nn.Embedding)]
-    if second and embeddings:
-        raise LowRankError(f"{embeddings[0]}: {second[0]} cannot be measured of an embedding; take another method")
+    if dense and embeddings:
+        raise LowRankError(f"{embeddings[0]}: {dense[0]} cannot be measured of an embedding; take another method")
 
 
 class _Pass:

@@ -12,6 +12,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import atomic_folder, read_json, sha256_of, write_json
 from hf_lowrank.model.weights import digest
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
+from hf_lowrank.statistics.kronecker import ALTERNATING, cosine
 
 FORMAT_VERSION = 2
 TENSORS, RECORD = "statistics.safetensors", "statistics.json"
@@ -66,6 +67,14 @@ class Statistics:
             )
         total = by_name[name]
         return (total if kind in self.sums else total.sum(dim=0)) / self.samples
+
+    def fisher_cosine(self, name: str) -> float | None:
+        """That of the Kronecker factors of a module with the Fisher information of whole samples; None if not measured.
+
+        To a few percent (see `cosine`).
+        """
+        kinds = (*ALTERNATING, "fisher_sketch")
+        return cosine(*(self.mean(kind, name) for kind in kinds)) if all(map(self.has, kinds)) else None
 
     def reach(self, name: str) -> bool:
         """Whether any sample's loss depended on the module: not on an expert that none was routed to."""

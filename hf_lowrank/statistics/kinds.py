@@ -13,6 +13,16 @@ from torch import Tensor, nn
 
 from hf_lowrank.model.targets import weight_shape
 from hf_lowrank.statistics.eigenbasis import eigenbasis
+from hf_lowrank.statistics.kronecker import (
+    ALTERNATING,
+    MOST_PASSES,
+    SKETCH,
+    add_fisher_sketch,
+    add_kronecker_in,
+    add_kronecker_out,
+    few_tokens,
+    unit,
+)
 
 # Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26
@@ -28,7 +38,8 @@ class Kind:
     `add` takes the sum, x, g and a context; `context` makes that once for each layer from the means of the kinds in
     `needs`, which an earlier pass over the data has measured. A kind `of_input` takes, in place of g, 1 where a token
     is active and 0 elsewhere [batch, tokens]: layers that read the same input have the same sum. One that is `lower`
-    adds up the lower triangle of a symmetric sum, which `completed` mirrors.
+    adds up the lower triangle of a symmetric sum, which `completed` mirrors. One that is `dense` cannot be measured of
+    an embedding.
     """
 
     name: str
@@ -39,6 +50,7 @@ class Kind:
     context: Callable[..., Any] | None = None
     of_input: bool = False
     lower: bool = False
+    dense: bool = False
 
 
 def sum_shape(kind: str, module: nn.Module) -> tuple[int, ...]:
@@ -102,7 +114,7 @@ def add_fisher_rows(total: Tensor, x: Tensor, g: Tensor, context: Any = None) ->
     Σ_out (Σ_t g_t x_t)² = Σ_t x_t ⊙ (g gᵀ x)_t needs only the [tokens, tokens] Gram matrix of g, which is cheaper than
     G_n for samples of fewer tokens than about in·out / (in + out).
     """
-    if _few_tokens(x, g):
+    if few_tokens(x, g):
         total += (x * ((g @ g.mT) @ x)).sum(dim=(0, 1))
     else:
         for x_n, g_n in zip(x, g, strict=True):
@@ -159,35 +171,6 @@ def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None
     _add_lower_gram(total, _active_rows(g, active_tokens(g)))
 
 
-def add_kronecker_in(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
-    """total [in, in] += Σ_n G_nᵀ B G_n for the current output factor B [out, out] = `context`."""
-    if _few_tokens(x, g):
-        total += (x.mT @ ((g @ context @ g.mT) @ x)).sum(dim=0)
-    else:
-        _add_products(total, x, g, context)
-
-
-def add_kronecker_out(total: Tensor, x: Tensor, g: Tensor, context: Tensor) -> None:
-    """total [out, out] += Σ_n G_n A G_nᵀ for the current input factor A [in, in] = `context`."""
-    if _few_tokens(x, g):
-        total += (g.mT @ ((x @ context @ x.mT) @ g)).sum(dim=0)
-    else:
-        _add_products(total, g, x, context)
-
-
-def _add_products(total: Tensor, a: Tensor, b: Tensor, between: Tensor) -> None:
-    """total += Σ_n Gᵀ B G for G = Σ_t b_t a_tᵀ of each sample n, and B = `between`."""
-    for a_n, b_n in zip(a, b, strict=True):
-        gradient = b_n.T @ a_n
-        total += gradient.T @ (between @ gradient)
-
-
-def _few_tokens(x: Tensor, g: Tensor) -> bool:
-    """Whether a Gram matrix [tokens, tokens] takes less than the gradient [out, in] of a sample."""
-    inputs, outputs = x.shape[2], g.shape[2]
-    return x.shape[1] * (inputs + outputs) <= inputs * outputs
-
-
 def add_fisher_in_eigenbasis(total: Tensor, x: Tensor, g: Tensor, context: tuple[Tensor, Tensor]) -> None:
     """total [out, in] += Σ_n (Q_Gᵀ G_n Q_A)², for the eigenvectors (Q_G [out, out], Q_A [in, in]) = `context`."""
     add_fisher(total, x @ context[1], g @ context[0])
@@ -209,11 +192,6 @@ def _in(out_features: int, in_features: int) -> tuple[int, ...]:
     return (in_features,)
 
 
-def _normalised(moment: Tensor) -> Tensor:
-    """A factor at unit mean diagonal: power iteration needs its direction only."""
-    return moment / moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-
-
 KINDS = {
     kind.name: kind
     for kind in (
@@ -232,19 +210,28 @@ KINDS = {
         Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment, lower=True),
         Kind(
             "kronecker_in",
-            "(loss / weight)², up to scale, sum over samples",
+            "(loss / weight)², sum over samples",
             _in_in,
             add_kronecker_in,
-            ("gradient_moment",),
-            _normalised,
+            ("kronecker_out",),
+            unit,
+            dense=True,
         ),
         Kind(
             "kronecker_out",
-            "(loss / weight)², up to scale, sum over samples",
+            "(loss / weight)², sum over samples",
             _out_out,
             add_kronecker_out,
-            ("activation_moment",),
-            _normalised,
+            ("kronecker_in",),
+            unit,
+            dense=True,
+        ),
+        Kind(
+            "fisher_sketch",
+            "(loss / weight)², sum over samples",
+            lambda out_features, in_features: (SKETCH, SKETCH),
+            add_fisher_sketch,
+            dense=True,
         ),
         Kind(
             "fisher_in_eigenbasis",
@@ -253,14 +240,21 @@ KINDS = {
             add_fisher_in_eigenbasis,
             ("gradient_moment", "activation_moment"),
             eigenbasis,
+            dense=True,
         ),
     )
 }
 
 
 def passes(kinds: Sequence[str]) -> list[tuple[str, ...]]:
-    """The kinds to measure in the first pass over the data and, where some of them need others, in the second."""
-    second = tuple(dict.fromkeys(kind for kind in kinds if KINDS[kind].needs))
+    """The kinds to measure in each pass over the data: in the second those that need others, in the first the rest.
+
+    The factors that take turns (see `ALTERNATING`) are measured again in further passes, this many at most.
+    """
+    turns = ALTERNATING if any(kind in ALTERNATING for kind in kinds) else ()
+    second = tuple(dict.fromkeys(kind for kind in kinds if KINDS[kind].needs and kind not in ALTERNATING))
     needed = [need for kind in second for need in KINDS[kind].needs]
-    first = tuple(dict.fromkeys([*(kind for kind in kinds if kind not in second), *needed]))
-    return [each for each in (first, second) if each]
+    first = (*(kind for kind in kinds if not KINDS[kind].needs), *needed, *turns[:1])
+    plan = [tuple(dict.fromkeys(first)), second + turns[1:]]
+    plan += [(turns[number % 2],) for number in range(2, MOST_PASSES) if turns]
+    return [part for part in plan if part]
