@@ -25,6 +25,7 @@ from benchmarks import (
     model_speed,
     profile_compress,
     scaling,
+    startup,
     truncated_svd,
 )
 from benchmarks.harness import Options, Result, machine_facts
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "model_speed": model_speed.run,
     "compiled": compiled.run,
     "loading": loading.run,
+    "startup": startup.run,
     "profile": profile_compress.run,
     "memory": memory.run,
     "scaling": scaling.run,
@@ -61,6 +63,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   model_speed    low-rank MiniLM and BERT-base shapes against the dense ones               about 3 minutes
   compiled       blocks of BERT-base by torch.compile and with packed weights              about 5 minutes
   loading        loading low-rank and dense BERT-base shapes, and their first outputs      under a minute
+  startup        CPU time of --help, of names and of mistyped words                       under a minute
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   scaling        two processes against one                                                 about 2 minutes

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, set
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from benchmarks.harness import Options, Result, Row, alternate, milliseconds, ratio, repeats_for, steady_clock
-from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts
 from hf_lowrank.nn.layers_lowrank import LowRankLinear

@@ -2,19 +2,25 @@
 
 model + task data → statistics (Fisher …) → ranks → factors → replace → (fine-tune) → save / push → from_pretrained →
 evaluate
+
+Importing this registers the Auto classes: at once, or where transformers is not imported yet, together with it.
 """
 
-from hf_lowrank.compression.compress import CompressionConfig, compress
-from hf_lowrank.compression.report import CompressionReport
-from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.hub import push_folder
-from hf_lowrank.nn.configuration_lowrank import LowRankConfig
-from hf_lowrank.nn.layers_lowrank import LowRankLinear
-from hf_lowrank.nn.modeling_lowrank import register
-from hf_lowrank.solvers import METHODS
-from hf_lowrank.statistics import Statistics, compute_fisher, compute_statistics
+from typing import TYPE_CHECKING, Any
 
-register()
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.imports import after_import, lazily
+
+if TYPE_CHECKING:
+    from hf_lowrank.compression.compress import compress
+    from hf_lowrank.compression.config import CompressionConfig
+    from hf_lowrank.compression.report import CompressionReport
+    from hf_lowrank.folder.hub import push_folder
+    from hf_lowrank.nn.configuration_lowrank import LowRankConfig
+    from hf_lowrank.nn.layers_lowrank import LowRankLinear
+    from hf_lowrank.solvers.family import METHODS
+    from hf_lowrank.statistics.collect import compute_fisher, compute_statistics
+    from hf_lowrank.statistics.container import Statistics
 
 __version__ = "0.1.0"
 
@@ -31,3 +37,45 @@ __all__ = [
     "compute_statistics",
     "push_folder",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "METHODS": "solvers.family",
+        "CompressionConfig": "compression.config",
+        "CompressionReport": "compression.report",
+        "LowRankConfig": "nn.configuration_lowrank",
+        "LowRankLinear": "nn.layers_lowrank",
+        "Statistics": "statistics.container",
+        "compress": "compression.compress",
+        "compute_fisher": "statistics.collect",
+        "compute_statistics": "statistics.collect",
+        "push_folder": "folder.hub",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_config() -> None:
+    from hf_lowrank.nn.configuration_lowrank import register
+
+    register()
+
+
+def _register_card_writer() -> None:
+    from hf_lowrank.nn.publishing_lowrank import on_push
+
+    on_push(_write_card)
+
+
+def _write_card(*pushed: Any) -> bool:
+    from hf_lowrank.folder.hub import card_from_report
+
+    return card_from_report(*pushed)
+
+
+after_import("transformers.models.auto.configuration_auto", _register_config)
+after_import("hf_lowrank.nn.publishing_lowrank", _register_card_writer)

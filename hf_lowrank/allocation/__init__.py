@@ -1,10 +1,16 @@
 """targets + budget → {module name: rank}, None where a layer stays dense."""
 
-from hf_lowrank.allocation.allocate import Profile, Spread, allocate, check_budget, uniform_ranks
-from hf_lowrank.allocation.budget import BUDGETS, Budget, ImpossibleBudget, parse_count
-from hf_lowrank.allocation.choices import Ranks
-from hf_lowrank.allocation.costs import minimal_parameters, parameters, parameters_at, saves_parameters
-from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
+from typing import TYPE_CHECKING
+
+from hf_lowrank.jobs.imports import lazily
+
+if TYPE_CHECKING:
+    from hf_lowrank.allocation.budget import BUDGETS, Budget, ImpossibleBudget, parse_count
+    from hf_lowrank.allocation.choices import Ranks
+    from hf_lowrank.allocation.costs import minimal_parameters, parameters, parameters_at, saves_parameters
+    from hf_lowrank.allocation.ranks import Profile, allocate, check_budget, uniform_ranks
+    from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
+    from hf_lowrank.allocation.spread import Spread
 
 __all__ = [
     "ALLOCATIONS",
@@ -24,3 +30,25 @@ __all__ = [
     "saves_parameters",
     "uniform_ranks",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ALLOCATIONS": "rules",
+        "BUDGETS": "budget",
+        "Budget": "budget",
+        "ImpossibleBudget": "budget",
+        "Profile": "ranks",
+        "Ranks": "choices",
+        "Spread": "spread",
+        "allocate": "ranks",
+        "check_budget": "ranks",
+        "get_allocation": "rules",
+        "minimal_parameters": "costs",
+        "parameters": "costs",
+        "parameters_at": "costs",
+        "parse_count": "budget",
+        "saves_parameters": "costs",
+        "uniform_ranks": "ranks",
+    },
+)

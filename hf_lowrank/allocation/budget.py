@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hf_lowrank.allocation.costs import Cost, Shape, flops, measured_latency, parameters
+from hf_lowrank.allocation.costs import Cost, Shape, flops, parameters
 from hf_lowrank.errors import LowRankError
+
+if TYPE_CHECKING:
+    import torch
 
 # Every budget, its unit and its meaning: the one definition of each.
 BUDGETS = {
@@ -51,7 +52,7 @@ class Limit:
     shown: Callable[[float], float]
 
 
-def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, probe: torch.Tensor) -> Limit:
+def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, probe: "torch.Tensor") -> Limit:
     """What a budget other than a rank ratio allows layers of these shapes.
 
     `probe` is any weight of the model: latency is measured in its dtype on its device.
@@ -61,6 +62,8 @@ def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, pro
     if budget.kind == "flops":
         return Limit(budget.value, flops, lambda total: total)
     if budget.kind == "latency":
+        from hf_lowrank.allocation.latency import measured_latency  # here: torch takes time to import
+
         cost = measured_latency(shapes, probe.dtype, probe.device)
         whole = sum(cost(shape, None) for shape in shapes)
         return Limit(budget.value * whole, cost, lambda total: total / whole)

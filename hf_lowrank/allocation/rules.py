@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from hf_lowrank.allocation.choices import Choices, total_cost
 from hf_lowrank.errors import LowRankError
 
@@ -139,6 +137,8 @@ def knapsack(choices: dict[str, Choices], budget: float) -> Chosen:
         for name, each in choices.items()
     }
     room = KNAPSACK_PARTS - math.ceil(sum(each.costs[0] for each in choices.values()) / budget * KNAPSACK_PARTS)
+    import numpy as np  # here: it takes time to import
+
     best, picks = np.zeros(room + 1), []
     for name, each in choices.items():
         options = np.full((len(each.ranks), room + 1), np.inf)
@@ -192,6 +192,8 @@ def _above(each: Choices, a: int, b: int, c: int) -> bool:
 
 
 def _effective_rank(each: Choices) -> float:
+    import numpy as np
+
     spectrum = np.asarray(each.spectrum)
     spectrum = spectrum[spectrum > 0]
     if len(spectrum) == 0:

@@ -7,7 +7,6 @@ import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.facts import origin, public_name
 from hf_lowrank.cli.options import (
     BatchOption,
     DataOption,
@@ -23,13 +22,8 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
     patterns,
 )
-from hf_lowrank.folder.loading import load_model
-from hf_lowrank.statistics import compute_statistics
-from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
-from hf_lowrank.studies.analysis.run import DEFAULT_METHODS
-from hf_lowrank.studies.plots.report import JOURNAL, prepare_folder, save_analysis
-from hf_lowrank.tasks import get_task, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.solvers.family import COMPARED
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("analyze")
@@ -42,7 +36,7 @@ def analyze_command(
     ] = 0.33,
     methods: Annotated[
         str, typer.Option(help="Methods to compare, with commas; 'hf-lowrank methods' lists them.")
-    ] = ",".join(DEFAULT_METHODS),
+    ] = ",".join(COMPARED),
     groups: Annotated[int, typer.Option(min=2, help="Groups of singular directions that are removed in turn.")] = 10,
     eval_samples: Annotated[
         int | None,
@@ -70,6 +64,16 @@ def analyze_command(
 
     Example: hf-lowrank analyze ./bert-stsb --task stsb --eval-samples 300 --output ./analysis
     """
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from hf_lowrank.cli.facts import origin, public_name
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.statistics import compute_statistics
+    from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
+    from hf_lowrank.studies.plots.report import JOURNAL, prepare_folder, save_analysis
+    from hf_lowrank.tasks import load_validation
+    from hf_lowrank.tasks.calibration import calibration_loader
+
     chosen = tuple(dict.fromkeys(word.strip() for word in methods.split(",") if word.strip()))
     config = AnalysisConfig(
         chosen,
@@ -80,7 +84,6 @@ def analyze_command(
         include=patterns(include),
         exclude=patterns(exclude),
     )
-    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
     prepare_folder(output, overwrite)
     loaded, tokenizer = load_model(model, the_task)
     validation = load_validation(the_task, data_dir, tokenizer, loaded.config)

@@ -1,29 +1,45 @@
-"""The application that commands are registered with, and its entry point."""
+"""The application that commands are registered with, and its entry point.
+
+The modules of commands say what options there are and import the library when they are called: it takes seconds, and
+help or a mistyped word should not.
+"""
 
 import logging
 import os
 import sys
 import time
 import traceback
+from typing import Any
 
-import datasets
-import transformers
 import typer
-from accelerate import PartialState
+from typer.core import TyperGroup
 
+from hf_lowrank import __version__
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.distributed import start_processes
+from hf_lowrank.jobs.imports import after_import
 from hf_lowrank.jobs.interrupts import Stopped, ending_in_order
 
 GRACE = 3.0  # seconds
 
+
+class _Group(TyperGroup):
+    """The commands, and `--version`: not a parsed option, as parsing one takes Typer a quarter of the time of help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] == ["--version"]:
+            typer.echo(f"hf-lowrank {__version__}")
+            raise typer.Exit
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="hf-lowrank",
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
-    help="Make Hugging Face transformers smaller by importance-weighted low-rank factorization. Start with "
-    "[bold]hf-lowrank demo[/bold], which needs no download.",
+    help="Make Hugging Face transformers smaller by importance-weighted low-rank factorization.\n\n"
+    "Start with [bold]hf-lowrank demo[/bold], which needs no download. [bold]hf-lowrank --version[/bold] says which "
+    "version this is.",
 )
 
 
@@ -33,6 +49,8 @@ def main() -> None:
     try:
         with ending_in_order():
             if "WORLD_SIZE" in os.environ:
+                from hf_lowrank.jobs.distributed import start_processes  # here: it takes time to import
+
                 start_processes()
             _run()
     except Stopped as stop:
@@ -58,6 +76,8 @@ def _run() -> None:
         _leave(2)
     except SystemExit as end:
         if not end.code and "WORLD_SIZE" in os.environ:
+            from accelerate import PartialState
+
             PartialState().destroy_process_group()
         raise
 
@@ -77,8 +97,20 @@ def _is_other_process() -> bool:
 
 def _quiet_libraries() -> None:
     """Their bars and notices would drown ours; errors still show."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    after_import("transformers.utils.logging", _quiet_transformers)
+    after_import("datasets", _quiet_datasets)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as notices
+
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
+
+
+def _quiet_datasets() -> None:
+    import datasets
+
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -3,16 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.folder.saving import add_facts
-from hf_lowrank.folder.style import save_png
-from hf_lowrank.studies.bench import BenchConfig, bench
-from hf_lowrank.studies.plots.bench import bench_figure
 
 
 @app.command("bench")
@@ -47,6 +42,13 @@ def bench_command(
 
     Example: hf-lowrank bench ./bert-stsb-lowrank --against ./bert-stsb --threads 1 --plot speed.png
     """
+    import torch
+
+    from hf_lowrank.folder.saving import add_facts
+    from hf_lowrank.folder.style import save_png
+    from hf_lowrank.studies.bench import BenchConfig, bench
+    from hf_lowrank.studies.plots.bench import bench_figure
+
     if threads is not None:
         torch.set_num_threads(threads)
     defaults = BenchConfig()

@@ -1,21 +1,12 @@
-"""Options that say how small a model should become, and the search for the smallest that is good enough."""
+"""Options that say how small a model should become."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_lowrank.allocation import ALLOCATIONS, BUDGETS, Profile, get_allocation
-from hf_lowrank.compression.compress import CompressionConfig
-from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
-from hf_lowrank.compression.search import Found, search_smallest
+from hf_lowrank.allocation.budget import BUDGETS
+from hf_lowrank.allocation.rules import ALLOCATIONS
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.statistics import Statistics
-from hf_lowrank.tasks import Task, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
-from hf_lowrank.training.evaluate import predict_rows, score_predictions
 
 PANEL, BOUNDS = "How small", "How ranks are spread"
 
@@ -72,58 +63,6 @@ CapOption = Annotated[
     float | None,
     typer.Option(help="Largest rank of a layer, as a multiple of its uniform rank.", rich_help_panel=BOUNDS),
 ]
-
-
-def measured_profile(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    data_dir: Path | None,
-    config: CompressionConfig,
-    statistics: Statistics | None,
-    seed: int,
-) -> Profile | None:
-    """The losses of single layers where the allocation asks for them."""
-    if get_allocation(config.allocation or "").losses != "profile":
-        return None
-    loader = calibration_loader(model, tokenizer, task, data_dir, PROFILE_SAMPLES, seed=seed)
-    return profile_losses(model, config, statistics, loader)
-
-
-def smallest(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    data_dir: Path | None,
-    config: CompressionConfig,
-    statistics: Statistics | None,
-    profile: Profile | None,
-    keep_score: float | None,
-    max_loss_increase: float | None,
-) -> Found:
-    """The smallest model within what was asked of its score or its loss on the validation data."""
-    validation = load_validation(task, data_dir, tokenizer, model.config)
-
-    def score(candidate: PreTrainedModel) -> float:
-        outputs = [predict_rows(candidate, tokenizer, task, rows, progress=False) for rows in validation]
-        scores = [score_predictions(each, task, candidate.config)["score"] for each in outputs]
-        return sum(scores) / len(scores)
-
-    def loss(candidate: PreTrainedModel) -> float:
-        outputs = [predict_rows(candidate, tokenizer, task, rows, progress=False) for rows in validation]
-        return sum(sum(each.losses) / len(each.losses) for each in outputs) / len(outputs)
-
-    measure: Callable[[PreTrainedModel], float]
-    if keep_score is not None:
-        measure, limit = score, score(model) * (1 / keep_score if task.lower_is_better else keep_score)
-        accept = (lambda value: value <= limit) if task.lower_is_better else (lambda value: value >= limit)
-    else:
-        measure, limit = loss, loss(model) + (max_loss_increase or 0.0)
-        accept = lambda value: value <= limit  # noqa: E731
-    try:
-        return search_smallest(model, config, statistics, measure, accept, profile)
-    except LowRankError as error:
-        raise LowRankError(f"{error}; wanted {'score' if keep_score is not None else 'loss'} {limit:.4g}") from None
 
 
 def refuse_contradictions(budgets: dict[str, Any], keep_score: float | None, max_loss_increase: float | None) -> None:

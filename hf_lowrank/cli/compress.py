@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from accelerate import PartialState
 
-from hf_lowrank.allocation import check_budget
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.budgets import (
     AlignOption,
@@ -23,12 +21,9 @@ from hf_lowrank.cli.budgets import (
     LossOption,
     ParamsOption,
     RankRatioOption,
-    measured_profile,
     refuse_contradictions,
-    smallest,
 )
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.facts import origin, public_name, versions
 from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.cli.options import (
     BatchOption,
@@ -39,26 +34,20 @@ from hf_lowrank.cli.options import (
     JsonOption,
     LabelColumnOption,
     LengthOption,
+    MinutesOption,
     ModelArgument,
     OverwriteOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
     patterns,
 )
-from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
-from hf_lowrank.compression.compress import CompressionConfig, checked_targets, compress
-from hf_lowrank.folder.hub import push_folder, refuse_without_token
-from hf_lowrank.folder.loading import load_model, stored_dtype
-from hf_lowrank.folder.saving import add_facts, save_compressed
-from hf_lowrank.jobs.checkpoint import MINUTES
-from hf_lowrank.solvers import OPTIMIZERS
-from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.statistics.container import content_digest
-from hf_lowrank.tasks import get_task
-from hf_lowrank.tasks.calibration import calibration_loader
-from hf_lowrank.training.evaluate import evaluate
+from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.jobs.interrupts import MINUTES
+from hf_lowrank.solvers.family import OPTIMIZER_NAMES
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("compress")
@@ -82,7 +71,7 @@ def compress_command(
     floor: FloorOption = 0.0,
     cap: CapOption = None,
     optimizer: Annotated[
-        str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZERS)}. Default: alternating.")
+        str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZER_NAMES)}. Default: alternating.")
     ] = None,
     form: FormOption = "factors",
     data_dir: DataOption = None,
@@ -119,6 +108,22 @@ def compress_command(
     chosen: dict[str, Any] = {"include": patterns(include), "exclude": patterns(exclude)}
     config = CompressionConfig(method, optimizer=optimizer, form=form, **chosen, **budgets, **spread)
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from accelerate import PartialState
+
+    from hf_lowrank.allocation import check_budget
+    from hf_lowrank.cli.facts import origin, public_name, versions
+    from hf_lowrank.cli.smallest import measured_profile, smallest
+    from hf_lowrank.cli.work import check_memory, open_work, refuse_output
+    from hf_lowrank.compression.compress import checked_targets, compress
+    from hf_lowrank.folder.hub import push_folder, refuse_without_token
+    from hf_lowrank.folder.loading import load_model, stored_dtype
+    from hf_lowrank.folder.saving import add_facts, save_compressed
+    from hf_lowrank.statistics import Statistics, compute_statistics
+    from hf_lowrank.statistics.container import content_digest
+    from hf_lowrank.tasks.calibration import calibration_loader
+    from hf_lowrank.training.evaluate import evaluate
+
     replace = refuse_output(output, resume, overwrite)
     if push_to_hub is not None:
         refuse_without_token()  # before the work, not after it

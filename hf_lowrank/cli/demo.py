@@ -8,7 +8,6 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, OverwriteOption
-from hf_lowrank.studies.demo import results_table, run_demo
 
 
 @app.command("demo")
@@ -19,6 +18,8 @@ def demo_command(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small BERT on a generated task, compress it by three methods at three ranks, compare. No download."""
+    from hf_lowrank.studies.demo import results_table, run_demo
+
     record = run_demo(output, seed, overwrite)
     if as_json:
         return print_json(record)

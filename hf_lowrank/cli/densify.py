@@ -8,7 +8,6 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.options import OverwriteOption
-from hf_lowrank.folder.densify import densify_folder
 
 
 @app.command("densify")
@@ -24,5 +23,7 @@ def densify_command(
 
     Example: hf-lowrank densify ./bert-stsb-lowrank ./bert-stsb-dense
     """
+    from hf_lowrank.folder.densify import densify_folder
+
     model = densify_folder(folder, output, overwrite)
     console.print(f"saved to {output}: {type(model).__name__}, {model.num_parameters():,} parameters", highlight=False)

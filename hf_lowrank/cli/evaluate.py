@@ -1,6 +1,5 @@
 """hf-lowrank evaluate: a model's score on a task."""
 
-from accelerate import PartialState
 from rich.table import Table
 
 from hf_lowrank.cli.app import app
@@ -15,9 +14,7 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.folder.loading import load_model
-from hf_lowrank.tasks import get_task
-from hf_lowrank.training.evaluate import evaluate
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("evaluate")
@@ -33,6 +30,12 @@ def evaluate_command(
 ) -> None:
     """Score a model, dense or compressed, on a task's whole validation data."""
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from accelerate import PartialState
+
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.training.evaluate import evaluate
+
     loaded, tokenizer = load_model(model, the_task)
     result = evaluate(loaded, tokenizer, the_task, data_dir, batch_size)
     if not PartialState().is_main_process:

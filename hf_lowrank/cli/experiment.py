@@ -4,15 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
-from hf_lowrank.studies.experiment.run import steps_of
-from hf_lowrank.studies.experiment.store import Store
-from hf_lowrank.studies.experiment.tables import rows_of
 
 
 @app.command("experiment")
@@ -37,6 +32,13 @@ def experiment_command(
 
     Example: hf-lowrank experiment examples/recipes/minilm-l6-path3.yaml --output ./path3
     """
+    from accelerate import PartialState
+
+    from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
+    from hf_lowrank.studies.experiment.run import steps_of
+    from hf_lowrank.studies.experiment.store import Store
+    from hf_lowrank.studies.experiment.tables import rows_of
+
     the_recipe = load_recipe(recipe)
     folder = output or Path(f"{recipe.stem}-results")
     store = Store(folder)
@@ -56,5 +58,7 @@ def experiment_command(
 
 
 def _say(line: str) -> None:
+    from accelerate import PartialState
+
     if PartialState().is_main_process:
         typer.echo(line, err=True)

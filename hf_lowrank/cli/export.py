@@ -7,7 +7,6 @@ import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
-from hf_lowrank.folder.export import export_onnx
 
 
 @app.command("export")
@@ -21,6 +20,8 @@ def export_command(
 
     Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
     """
+    from hf_lowrank.folder.export import export_onnx
+
     difference = export_onnx(folder, output)
     size = output.stat().st_size / 1e6
     console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)

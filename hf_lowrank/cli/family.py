@@ -4,8 +4,8 @@ import typer
 from rich.table import Table
 
 from hf_lowrank.cli.console import console
-from hf_lowrank.solvers import METHODS, Method
-from hf_lowrank.statistics.kinds import passes
+from hf_lowrank.solvers.family import METHODS, Method
+from hf_lowrank.statistics.names import passes
 
 
 def print_methods() -> None:

@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from accelerate import PartialState
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.facts import public_name, versions
 from hf_lowrank.cli.options import (
     DataOption,
     JsonOption,
@@ -20,13 +18,8 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained, stored_dtype
-from hf_lowrank.folder.saving import add_facts, read_record, save_model
 from hf_lowrank.jobs.files import refuse_existing
-from hf_lowrank.tasks import get_task
-from hf_lowrank.training.distillation import Distillation
-from hf_lowrank.training.evaluate import evaluate
-from hf_lowrank.training.finetune import finetune
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("finetune")
@@ -76,6 +69,16 @@ def finetune_command(
     Example: hf-lowrank finetune ./bert-stsb-lowrank --task stsb --output ./bert-stsb-lowrank-tuned
     """
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from accelerate import PartialState
+
+    from hf_lowrank.cli.facts import public_name, versions
+    from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained, stored_dtype
+    from hf_lowrank.folder.saving import add_facts, read_record, save_model
+    from hf_lowrank.training.distillation import Distillation
+    from hf_lowrank.training.evaluate import evaluate
+    from hf_lowrank.training.finetune import finetune
+
     refuse_existing(output, overwrite)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     if overwrite and not resume and PartialState().is_main_process:

@@ -5,13 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_lowrank.allocation import BUDGETS
+from hf_lowrank.allocation.budget import BUDGETS
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, ModelArgument
-from hf_lowrank.folder.inspect import inspect, ranks_table
-from hf_lowrank.folder.picture import ranks_figure
-from hf_lowrank.folder.style import save_png
 
 
 @app.command("inspect")
@@ -21,6 +18,10 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what was factorized in a saved model, at which ranks, and what it cost."""
+    from hf_lowrank.folder.inspect import inspect, ranks_table
+    from hf_lowrank.folder.picture import ranks_figure
+    from hf_lowrank.folder.style import save_png
+
     facts = inspect(model)
     if plot is not None:
         save_png(ranks_figure(facts["layers"]), plot)

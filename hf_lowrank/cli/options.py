@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.nn.layers_lowrank import FORMS
 from hf_lowrank.tasks.table import NAMES
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
@@ -37,10 +36,21 @@ IncludeOption = Annotated[
 ]
 FormOption = Annotated[
     str,
-    typer.Option(help=f"How factors are stored: {', '.join(FORMS)}, the latter with r² fewer numbers at rank r."),
+    typer.Option(help="How factors are stored: factors, or interpolative with r² fewer numbers at rank r."),
 ]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on where a killed or stopped run of the same command was, from OUTPUT.work; begin, if there is none.",
+    ),
+]
+MinutesOption = Annotated[
+    float,
+    typer.Option(min=0, help="Minutes between two checkpoints of a pass over the data; 0: after every batch."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]

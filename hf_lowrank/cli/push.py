@@ -8,7 +8,6 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.folder.hub import push_folder
 
 
 @app.command("push")
@@ -25,6 +24,8 @@ def push_command(
 
     The token is the one of 'hf auth login', or HF_TOKEN. Example: hf-lowrank push ./bert-stsb-lowrank me/bert-stsb
     """
+    from hf_lowrank.folder.hub import push_folder
+
     address = push_folder(folder, repo_id, private or None, revision, create_pr, message)
     if as_json:
         return print_json({"repository": repo_id, "address": address})

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
-from hf_lowrank.cli.facts import origin
 from hf_lowrank.cli.options import (
     BatchOption,
     DataOption,
@@ -16,20 +14,19 @@ from hf_lowrank.cli.options import (
     IncludeOption,
     LabelColumnOption,
     LengthOption,
+    MinutesOption,
     ModelArgument,
     OverwriteOption,
+    ResumeOption,
     SamplesOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.cli.work import MinutesOption, ResumeOption, check_memory, open_work, refuse_output
-from hf_lowrank.folder.loading import load_model
-from hf_lowrank.jobs.checkpoint import MINUTES
-from hf_lowrank.solvers import METHODS
-from hf_lowrank.statistics import KINDS, compute_statistics
-from hf_lowrank.tasks import get_task
-from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.jobs.interrupts import MINUTES
+from hf_lowrank.solvers.family import METHODS
+from hf_lowrank.statistics.names import KIND_NEEDS
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("statistics")
@@ -39,7 +36,7 @@ def statistics_command(
     output: Annotated[Path, typer.Option(help="Where the statistics go.")],
     kind: Annotated[
         list[str] | None,
-        typer.Option(help=f"What to measure; may be repeated: {', '.join(KINDS)}. Default: what kfac needs."),
+        typer.Option(help=f"What to measure; may be repeated: {', '.join(KIND_NEEDS)}. Default: what kfac needs."),
     ] = None,
     data_dir: DataOption = None,
     text_column: TextColumnOption = None,
@@ -56,6 +53,15 @@ def statistics_command(
 ) -> None:
     """Measure statistics once, to compress with them many times (compress --statistics)."""
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from accelerate import PartialState
+
+    from hf_lowrank.cli.facts import origin
+    from hf_lowrank.cli.work import check_memory, open_work, refuse_output
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.statistics import compute_statistics
+    from hf_lowrank.tasks.calibration import calibration_loader
+
     replace = refuse_output(output, resume, overwrite)
     kinds = kind or METHODS["kfac"].needs
     _, sums_at = check_memory(model, the_task, kinds, include, exclude, batch_size)

@@ -8,7 +8,6 @@ import typer
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.budgets import AlignOption
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.facts import origin
 from hf_lowrank.cli.options import (
     DataOption,
     ExcludeOption,
@@ -24,11 +23,8 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
     patterns,
 )
-from hf_lowrank.folder.loading import load_model
-from hf_lowrank.solvers import METHODS
-from hf_lowrank.studies.sweep import SweepConfig, sweep
-from hf_lowrank.studies.sweep_summary import write_summary
-from hf_lowrank.tasks import get_task
+from hf_lowrank.solvers.family import COMPARED, METHODS
+from hf_lowrank.tasks.table import get_task
 
 
 @app.command("sweep")
@@ -37,8 +33,11 @@ def sweep_command(
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="A folder for results; with an unfinished sweep, that goes on.")],
     method: Annotated[
-        list[str], typer.Option(help="May be repeated; 'all' for all of 'hf-lowrank methods'.")
-    ] = SweepConfig.methods,  # type: ignore[assignment]
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated; 'all' for all of 'hf-lowrank methods'. [dim]Default: {', '.join(COMPARED)}.[/dim]"
+        ),
+    ] = None,
     allocation: Annotated[
         list[str] | None, typer.Option(help="Spread of ranks; may be repeated. Default: each method's own.")
     ] = None,
@@ -64,9 +63,16 @@ def sweep_command(
 
     Example: hf-lowrank sweep ./bert-stsb --task stsb --method svd --method kfac --output ./bert-stsb-sweep
     """
+    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+
+    from hf_lowrank.cli.facts import origin
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.studies.sweep import SweepConfig, sweep
+    from hf_lowrank.studies.sweep_summary import write_summary
+
     values = tuple(float(each) if _is_number(each) else each for each in value)
     allocations = tuple(allocation) if allocation else None
-    methods = tuple(METHODS) if "all" in method else tuple(method)
+    methods = tuple(METHODS) if "all" in (method or ()) else tuple(method or COMPARED)
     config = SweepConfig(
         methods,
         allocations,
@@ -81,7 +87,6 @@ def sweep_command(
         align=align,
         form=form,
     )
-    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
     loaded, tokenizer = load_model(model, the_task)
     source = origin(model, the_task, data_dir, seed)
     records = sweep(loaded, tokenizer, the_task, data_dir, config, output, source)

@@ -10,7 +10,6 @@ from rich.table import Table
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
-from hf_lowrank.folder.verify import FAIL, verify
 
 
 @app.command("verify")
@@ -25,6 +24,8 @@ def verify_command(
 
     Example: hf-lowrank verify ./bert-stsb-lowrank --against ./bert-stsb
     """
+    from hf_lowrank.folder.verify import FAIL, verify
+
     checks = verify(folder, against)
     failed = sum(check.status == FAIL for check in checks)
     if as_json:

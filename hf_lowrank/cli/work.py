@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,18 +18,6 @@ from hf_lowrank.jobs.files import refuse_existing, remove_leftovers
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task
 from hf_lowrank.tasks.calibration import data_digest
-
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on where a killed or stopped run of the same command was, from OUTPUT.work; begin, if there is none.",
-    ),
-]
-MinutesOption = Annotated[
-    float,
-    typer.Option(min=0, help="Minutes between two checkpoints of a pass over the data; 0: after every batch."),
-]
 
 
 def work_folder(output: Path) -> Path:

@@ -1,16 +1,16 @@
 """The one place that edits a model: its targeted linears become low-rank factors, one at a time."""
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import BUDGETS, Budget, Profile, Ranks, Spread, allocate, get_allocation, parse_count
-from hf_lowrank.compression.forms import check_form, to_form
+from hf_lowrank.allocation import Profile, Ranks, allocate
+from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.forms import to_form
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
@@ -22,74 +22,8 @@ from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
-from hf_lowrank.solvers import METHODS, get_method, get_optimizer
+from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
-
-DEFAULT_RANK_RATIO = 0.33
-
-
-@dataclass(frozen=True)
-class CompressionConfig:
-    """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
-
-    The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
-    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, by
-    default 8 where that is faster, `floor` and `cap` bound the ranks (see `Spread`). `optimizer` is one of
-    `OPTIMIZERS`, for methods that iterate. `include` and `exclude` are name patterns (see `find_targets`). `form` is
-    "factors" or "interpolative" (see `to_form`).
-
-    Raises:
-        LowRankError: an unknown name, a value out of range, or several budgets.
-    """
-
-    method: str = "kfac"
-    rank_ratio: float | None = None
-    allocation: str | None = None
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] | None = None
-    keep: float | None = None
-    keep_model: float | None = None
-    params: float | str | None = None
-    flops: float | str | None = None
-    latency: float | None = None
-    align: int | None = None
-    floor: float = 0.0
-    cap: float | None = None
-    optimizer: str | None = None
-    form: str = "factors"
-
-    def __post_init__(self) -> None:
-        method = get_method(self.method)
-        if self.allocation is None:
-            object.__setattr__(self, "allocation", method.allocation)
-        if all(getattr(self, kind) is None for kind in BUDGETS):
-            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
-        if self.optimizer is not None:
-            get_optimizer(self.optimizer)
-            if not method.iterates:
-                iterating = ", ".join(name for name, each in METHODS.items() if each.iterates)
-                raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
-        check_form(self.form)
-        _ = self.budget, self.spread  # raise where they are out of range
-
-    @property
-    def budget(self) -> Budget:
-        """The budget that was given."""
-        given = {kind: value for kind in BUDGETS if (value := getattr(self, kind)) is not None}
-        if len(given) > 1:
-            raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
-        ((kind, value),) = given.items()
-        return Budget(kind, parse_count(value))
-
-    @property
-    def spread(self) -> Spread:
-        """How it is spread over layers."""
-        return Spread(self.allocation or "uniform", self.align, self.floor, math.inf if self.cap is None else self.cap)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The statistics that compressing takes: the method's, and those that make its layers comparable."""
-        return get_method(self.method).needs_for(get_allocation(self.allocation or "uniform").losses == "spectrum")
 
 
 def compress(

@@ -17,8 +17,8 @@ from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import find_targets, weight_shape
 from hf_lowrank.nn.experts_lowrank import unstacked_names
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
-from hf_lowrank.statistics.kinds import KINDS, passes, sum_shape
-from hf_lowrank.statistics.kronecker import ALTERNATING
+from hf_lowrank.statistics.kinds import KINDS, sum_shape
+from hf_lowrank.statistics.names import ALTERNATING, passes
 from hf_lowrank.tasks import Task
 
 GIB = 2**30

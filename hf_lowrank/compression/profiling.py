@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import Profile, saves_parameters
-from hf_lowrank.compression.compress import CompressionConfig, layer_solver
+from hf_lowrank.compression.compress import layer_solver
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets, unstacked, weight_shape

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile
-from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.compress import compress
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar

@@ -12,7 +12,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES
-from hf_lowrank.nn.publishing_lowrank import CARD, RECORD, card_for, commit_files, on_push
+from hf_lowrank.nn.publishing_lowrank import CARD, RECORD, card_for, commit_files
 
 # Cards are imported where they are written: with them come the tasks, and with those a second of imports.
 
@@ -106,7 +106,7 @@ def _card(folder: Path, repo_id: str) -> str:
     raise LowRankError(f"{folder} has neither a card (README.md) nor the record to write one from ({RECORD})")
 
 
-def _card_from_report(model: Any, folder: Path, repo_id: str) -> bool:
+def card_from_report(model: Any, folder: Path, repo_id: str) -> bool:
     """Write the card and the record of a model that was compressed in this process."""
     from hf_lowrank.folder.card import card_facts, weights_bytes, write_card
 
@@ -118,6 +118,3 @@ def _card_from_report(model: Any, folder: Path, repo_id: str) -> bool:
     write_json(folder / RECORD, record)
     write_card(folder, record, repo_id)
     return True
-
-
-on_push(_card_from_report)

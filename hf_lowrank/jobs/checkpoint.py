@@ -18,11 +18,10 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.jobs.distributed import Result, on_main
 from hf_lowrank.jobs.files import read_json, remove_leftovers, scratch_name, space_errors, write_json
-from hf_lowrank.jobs.interrupts import kept_in
+from hf_lowrank.jobs.interrupts import MINUTES, kept_in
 
 FORMAT_VERSION = 1
 KEY = "job.json"
-MINUTES = 5.0  # between two checkpoints of a pass over the data
 
 
 @dataclass(frozen=True)

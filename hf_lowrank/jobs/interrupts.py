@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+MINUTES = 5.0  # between two checkpoints of a pass over the data: what a crash without a signal may cost
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _undivided = 0
 _first: int | None = None

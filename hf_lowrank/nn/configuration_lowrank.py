@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 MODEL_TYPE = "lowrank"
 FORMAT_VERSION = 1
@@ -176,6 +176,8 @@ def config_class_for(base_config_class: type[PreTrainedConfig]) -> type[LowRankC
     if issubclass(base_config_class, LowRankConfigMixin):
         return base_config_class
     if base_config_class not in _config_classes:
+        from . import modeling_lowrank  # noqa: F401  # it enters a new config's models into the Auto classes
+
         namespace = {
             "__module__": __name__,
             "__doc__": f"{base_config_class.__name__} of a model some of whose linear layers are factorized.",
@@ -190,6 +192,11 @@ def config_class_for(base_config_class: type[PreTrainedConfig]) -> type[LowRankC
         for hook in _creation_hooks:
             hook(config_class)
     return _config_classes[base_config_class]
+
+
+def register() -> None:
+    """Let AutoConfig load "lowrank" checkpoints, and with it every AutoModelFor…, in this process."""
+    AutoConfig.register(MODEL_TYPE, LowRankConfig, exist_ok=True)
 
 
 def on_config_class_created(hook: Callable[[type[LowRankConfigMixin]], None]) -> None:

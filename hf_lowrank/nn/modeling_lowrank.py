@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
@@ -35,13 +34,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .auto_lowrank import PREPROCESSOR_MAPPINGS, auto_classes_of, auto_map_of
+from .configuration_lowrank import LowRankConfig as LowRankConfig  # which `auto_map` names
 from .configuration_lowrank import (
-    MODEL_TYPE,
-    LowRankConfig,
     LowRankConfigMixin,
     config_class_for,
     on_config_class_created,
 )
+from .configuration_lowrank import register as register
 from .experts_lowrank import UnstackedExperts, own_memory
 from .layers_lowrank import (
     LowRankEmbedding,
@@ -308,11 +307,6 @@ def model_class_for(base_model_class: type[PreTrainedModel]) -> type[LowRankMixi
         if conversions is not None:  # some are kept by the name of the class
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return _model_classes[base_model_class]
-
-
-def register() -> None:
-    """Let AutoConfig load "lowrank" checkpoints, and with it every AutoModelFor…, in this process."""
-    AutoConfig.register(MODEL_TYPE, LowRankConfig, exist_ok=True)
 
 
 def _register_config_class(config_class: type[LowRankConfigMixin]) -> None:

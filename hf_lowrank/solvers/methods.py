@@ -1,14 +1,13 @@
-"""The family of methods: the statistics of a layer → its objective. A dict and a decorator."""
+"""The objective of every method: the statistics of a layer → its weighted squared error. A dict and a decorator."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.elementwise import ElementWise, Rotated
 from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.family import METHODS, Method
 from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, WhiteningScaling, whitening
 from hf_lowrank.statistics.eigenbasis import eigenbasis
 
@@ -31,34 +30,7 @@ class Objective(Protocol):
         """Factors of least (or locally least) error."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A member of the family: its objective as a formula, its source, and the statistics it needs.
-
-    `allocation` is how ranks are spread over layers unless said otherwise. Errors `in_loss_units` are twice the
-    expected increase of the loss, so that layers can be compared; others are brought to that unit by `loss_per_error`.
-    A method that `iterates` has no closed form, and a choice of optimizers.
-    """
-
-    name: str
-    formula: str
-    source: str
-    needs: tuple[str, ...]
-    allocation: str
-    in_loss_units: bool
-    iterates: bool
-    objective: Callable[[Means], Objective]
-
-    def needs_for(self, losses: bool) -> tuple[str, ...]:
-        """The statistics that the method needs; with `losses`, also to say what loss an error means."""
-        unit = () if self.in_loss_units or not losses else LOSS_UNIT
-        return tuple(dict.fromkeys([*self.needs, *unit]))
-
-
-METHODS: dict[str, Method] = {}
-
-# What turns the error of an objective in other units into loss.
-LOSS_UNIT = ("fisher_rows",)
+OBJECTIVES: dict[str, Callable[[Means], Objective]] = {}
 
 
 def loss_per_error(objective: Objective, fisher_rows: Tensor, shape: tuple[int, int]) -> float:
@@ -71,15 +43,14 @@ def loss_per_error(objective: Objective, fisher_rows: Tensor, shape: tuple[int, 
     return float(fisher_rows.double().sum()) / mass if mass > 0 else 0.0
 
 
-def get_method(name: str) -> Method:
-    """The method called `name`.
+def objective_of(name: str) -> Callable:
+    """Register the decorated function, from a layer's statistics by kind to its objective, as that of a method."""
 
-    Raises:
-        LowRankError: there is none; the message lists the names.
-    """
-    if name not in METHODS:
-        raise LowRankError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
-    return METHODS[name]
+    def register(function: Callable[[Means], Objective]) -> Callable[[Means], Objective]:
+        OBJECTIVES[name] = function
+        return function
+
+    return register
 
 
 def method(
@@ -91,107 +62,73 @@ def method(
     in_loss_units: bool = False,
     iterates: bool = False,
 ) -> Callable:
-    """Register the decorated function, from a layer's statistics by kind to its objective, as a method."""
-
-    def register(objective: Callable[[Means], Objective]) -> Callable[[Means], Objective]:
-        if name in METHODS:
-            raise ValueError(f"a method called {name!r} exists already")
-        METHODS[name] = Method(name, formula, source, needs, allocation, in_loss_units, iterates, objective)
-        return objective
-
-    return register
+    """Add a method of one's own: the decorated function becomes the objective of a new member of the family."""
+    if name in METHODS:
+        raise ValueError(f"a method called {name!r} exists already")
+    METHODS[name] = Method(name, formula, source, needs, allocation, in_loss_units, iterates)
+    return objective_of(name)
 
 
 # Damping of second moments, as shares of their mean diagonal.
 ACTIVATION_DAMPING, GRADIENT_DAMPING = 1e-3, 1e-2
 
 
-@method("svd", "‖Δ‖²", "Eckart & Young (1936)")
+@objective_of("svd")
 def svd(statistics: Means) -> Objective:
     """Every element counts the same."""
     return Scaled(Scaling(), Scaling())
 
 
-@method("fwsvd", "‖Δ diag(√f)‖², f = Σ_out F", "FWSVD, Hsu et al. (2022)", ("fisher_rows",))
+@objective_of("fwsvd")
 def fwsvd(statistics: Means) -> Objective:
     """An input counts by its Fisher information, summed over outputs."""
     return Scaled(Scaling(), DiagonalScaling(statistics["fisher_rows"]))
 
 
-@method(
-    "fwsvd2", "‖diag(√r) Δ diag(√f)‖², r fᵀ ≈ F", "the rank-1 Fisher, in closed form", ("fisher",), in_loss_units=True
-)
+@objective_of("fwsvd2")
 def fwsvd2(statistics: Means) -> Objective:
     """An element counts by the product of its row's and its column's Fisher information."""
     return ElementWise(statistics["fisher"]).two_sided()
 
 
-@method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",), in_loss_units=True, iterates=True)
+@objective_of("tfwsvd")
 def tfwsvd(statistics: Means) -> Objective:
     """Every element counts by its own Fisher information."""
     return ElementWise(statistics["fisher"])
 
 
-@method("asvd", "‖Δ diag(√a)‖², a = mean |x|", "ASVD, Yuan et al. (2023), α = 1/2", ("activation_magnitude",))
+@objective_of("asvd")
 def asvd(statistics: Means) -> Objective:
     """An input counts by its mean magnitude."""
     return Scaled(Scaling(), DiagonalScaling(statistics["activation_magnitude"]))
 
 
-@method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", ("activation_moment",))
+@objective_of("whiten")
 def whiten(statistics: Means) -> Objective:
     """The change of the layer's output counts, over the inputs that occur."""
     return Scaled(Scaling(), whitening(statistics["activation_moment"], ACTIVATION_DAMPING))
 
 
-@method(
-    "whiten-diag",
-    "E‖diag(√γ) Δ x‖², γ = E g²",
-    "whitening × output gradients",
-    ("activation_moment", "gradient_moment", "active_tokens"),
-    "greedy",
-    in_loss_units=True,
-)
+@objective_of("whiten-diag")
 def whiten_diag(statistics: Means) -> Objective:
     """As `whiten`, each output weighted by its mean squared gradient."""
     return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs_per_token(statistics))
 
 
-@method(
-    "kfac",
-    "E[tr Δᵀ G Δ A], G = E g gᵀ, A = E x xᵀ",
-    "K-FAC, Martens & Grosse (2015)",
-    ("activation_moment", "gradient_moment", "active_tokens"),
-    "greedy",
-    in_loss_units=True,
-)
+@objective_of("kfac")
 def kfac(statistics: Means) -> Objective:
     """The expected squared change of the loss, with inputs and output gradients taken as independent."""
     return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), _inputs_per_token(statistics))
 
 
-@method(
-    "gfwsvd",
-    "tr Δᵀ B Δ A, A ⊗ B the nearest Kronecker product to E[vec G_n vec G_nᵀ]",
-    "GFWSVD, Chekalina et al. (2025)",
-    ("kronecker_in", "kronecker_out", "fisher_sketch"),
-    "greedy",
-)
+@objective_of("gfwsvd")
 def gfwsvd(statistics: Means) -> Objective:
     """As `kfac`, with the factors that come closest to the Fisher information of whole samples, found by iteration."""
     inputs = WhiteningScaling(statistics["kronecker_in"], ACTIVATION_DAMPING)
     return Scaled(WhiteningScaling(statistics["kronecker_out"], GRADIENT_DAMPING), inputs)
 
 
-@method(
-    "ekfac",
-    "Σ F' ∘ (Q_Gᵀ Δ Q_A)², F' = E (Q_Gᵀ G_n Q_A)²",
-    "EK-FAC, George et al. (2018)",
-    ("activation_moment", "gradient_moment", "fisher_in_eigenbasis"),
-    "greedy",
-    in_loss_units=True,
-    iterates=True,
-)
+@objective_of("ekfac")
 def ekfac(statistics: Means) -> Objective:
     """Every element counts by its own Fisher information, in the basis where inputs and gradients are uncorrelated."""
     basis = eigenbasis(statistics["gradient_moment"], statistics["activation_moment"])

@@ -19,8 +19,8 @@ from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
-from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, completed, passes, sum_shape
-from hf_lowrank.statistics.kronecker import ALTERNATING, RISE, rise
+from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, completed, sum_shape
+from hf_lowrank.statistics.kronecker import RISE, rise
 from hf_lowrank.statistics.losses import (
     Batch,
     NotSeparable,
@@ -31,6 +31,7 @@ from hf_lowrank.statistics.losses import (
     own_loss,
     sample_losses,
 )
+from hf_lowrank.statistics.names import ALTERNATING, passes
 from hf_lowrank.statistics.shared import InputSums
 
 # A batch of two and the same samples alone must agree to this relative difference before batches are relied on.

@@ -12,7 +12,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import atomic_folder, read_json, sha256_of, write_json
 from hf_lowrank.model.weights import digest
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
-from hf_lowrank.statistics.kronecker import ALTERNATING, cosine
+from hf_lowrank.statistics.kronecker import cosine
+from hf_lowrank.statistics.names import ALTERNATING
 
 FORMAT_VERSION = 2
 TENSORS, RECORD = "statistics.safetensors", "statistics.json"

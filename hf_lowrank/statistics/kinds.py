@@ -4,7 +4,7 @@ The gradient of sample n's own loss by the weight is G_n = Σ_t g_t x_tᵀ [out,
 place, in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from hf_lowrank.model.targets import weight_shape
 from hf_lowrank.statistics.eigenbasis import eigenbasis
 from hf_lowrank.statistics.kronecker import (
-    ALTERNATING,
-    MOST_PASSES,
     SKETCH,
     add_fisher_sketch,
     add_kronecker_in,
@@ -23,6 +21,7 @@ from hf_lowrank.statistics.kronecker import (
     few_tokens,
     unit,
 )
+from hf_lowrank.statistics.names import KIND_NEEDS
 
 # Gradients of several samples are formed at once up to this many elements (256 MiB); on a CPU, one at a time, in cache.
 BATCH_ELEMENTS = 2**26
@@ -46,11 +45,15 @@ class Kind:
     unit: str
     shape: Callable[[int, int], tuple[int, ...]]
     add: Callable[[Tensor, Tensor, Tensor, Any], None]
-    needs: tuple[str, ...] = ()
     context: Callable[..., Any] | None = None
     of_input: bool = False
     lower: bool = False
     dense: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The kinds that an earlier pass over the data has measured."""
+        return KIND_NEEDS[self.name]
 
 
 def sum_shape(kind: str, module: nn.Module) -> tuple[int, ...]:
@@ -213,7 +216,6 @@ KINDS = {
             "(loss / weight)², sum over samples",
             _in_in,
             add_kronecker_in,
-            ("kronecker_out",),
             unit,
             dense=True,
         ),
@@ -222,7 +224,6 @@ KINDS = {
             "(loss / weight)², sum over samples",
             _out_out,
             add_kronecker_out,
-            ("kronecker_in",),
             unit,
             dense=True,
         ),
@@ -238,23 +239,8 @@ KINDS = {
             "(loss / rotated weight)², sum over samples",
             _out_in,
             add_fisher_in_eigenbasis,
-            ("gradient_moment", "activation_moment"),
             eigenbasis,
             dense=True,
         ),
     )
 }
-
-
-def passes(kinds: Sequence[str]) -> list[tuple[str, ...]]:
-    """The kinds to measure in each pass over the data: in the second those that need others, in the first the rest.
-
-    The factors that take turns (see `ALTERNATING`) are measured again in further passes, this many at most.
-    """
-    turns = ALTERNATING if any(kind in ALTERNATING for kind in kinds) else ()
-    second = tuple(dict.fromkeys(kind for kind in kinds if KINDS[kind].needs and kind not in ALTERNATING))
-    needed = [need for kind in second for need in KINDS[kind].needs]
-    first = (*(kind for kind in kinds if not KINDS[kind].needs), *needed, *turns[:1])
-    plan = [tuple(dict.fromkeys(first)), second + turns[1:]]
-    plan += [(turns[number % 2],) for number in range(2, MOST_PASSES) if turns]
-    return [part for part in plan if part]

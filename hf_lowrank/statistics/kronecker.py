@@ -12,11 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# The factors, in the order in which they take turns; the first pass takes the identity for the other factor.
-ALTERNATING = ("kronecker_out", "kronecker_in")
-
-# The turns end when no layer's norm has risen by more than this share, or after so many passes.
-RISE, MOST_PASSES = 1e-3, 8
+# The turns end when no layer's norm has risen by more than this share.
+RISE = 1e-3
 
 # The length of a sketch of a gradient.
 SKETCH = 256

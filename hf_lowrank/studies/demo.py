@@ -46,7 +46,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.compress import compress
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.jobs.files import refuse_existing

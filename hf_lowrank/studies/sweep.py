@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile, get_allocation
-from hf_lowrank.compression.compress import CompressionConfig, checked_targets, compress
+from hf_lowrank.compression.compress import checked_targets, compress
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.solvers import get_method
+from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import digest
 from hf_lowrank.tasks import Task, collator, load_validation
@@ -53,7 +54,7 @@ class SweepConfig:
         LowRankError: an unknown name, or a value out of range.
     """
 
-    methods: tuple[str, ...] = ("svd", "fwsvd", "tfwsvd", "kfac")
+    methods: tuple[str, ...] = COMPARED
     allocations: tuple[str, ...] | None = None
     budget: str = "rank_ratio"
     values: tuple[float | str, ...] = (0.5, 0.33, 0.2, 0.1)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks.custom import custom_task
-from hf_lowrank.tasks.data import refuse_no_folder
 from hf_lowrank.tasks.metrics import accuracy, correlation, entities, f1, matthews
 from hf_lowrank.tasks.task import Task
 
@@ -109,8 +107,12 @@ def get_task(
     if max_length is not None and max_length < 1:
         raise LowRankError(f"a text is cut at 1 token at least, not at max_length {max_length}")
     if data_dir is not None:
+        from hf_lowrank.tasks.data import refuse_no_folder  # here: data sets take time to import
+
         refuse_no_folder(data_dir)
     if name == "custom":
+        from hf_lowrank.tasks.custom import custom_task  # here: data sets take time to import
+
         task = custom_task(data_dir, tuple(text_columns or ()), label_column)
     else:
         task = _with_columns(TASKS[name], tuple(text_columns or ()), label_column)

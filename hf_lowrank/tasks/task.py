@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-
 
 @dataclass(frozen=True)
 class Task:
@@ -33,7 +31,9 @@ class Task:
     @property
     def auto_class(self) -> Any:
         """The Auto class of models for this task."""
-        return KINDS[self.kind]
+        import transformers  # here: it takes time to import
+
+        return getattr(transformers, KINDS[self.kind])
 
     @property
     def lower_is_better(self) -> bool:
@@ -41,9 +41,10 @@ class Task:
         return self.score == "perplexity"
 
 
+# kind → the Auto class of its models
 KINDS = {
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "token_classification": AutoModelForTokenClassification,
-    "causal_lm": AutoModelForCausalLM,
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "causal_lm": "AutoModelForCausalLM",
 }

@@ -18,7 +18,7 @@ from hf_lowrank.allocation import (
     parse_count,
 )
 from hf_lowrank.allocation.choices import layer_choices
-from hf_lowrank.allocation.costs import measured_latency
+from hf_lowrank.allocation.latency import measured_latency
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers import loss_per_error
 from tests.helpers import tiny_bert, token_ids

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
-from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.compression.memory import statistics_bytes
 from hf_lowrank.compression.profiling import profile_losses
 from hf_lowrank.errors import LowRankError

@@ -9,7 +9,8 @@ from hf_lowrank import METHODS, CompressionConfig, compress, compute_statistics
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics import KINDS
 from hf_lowrank.statistics.eigenbasis import eigenbasis
-from hf_lowrank.statistics.kinds import active_tokens, completed, passes
+from hf_lowrank.statistics.kinds import active_tokens, completed
+from hf_lowrank.statistics.names import passes
 from tests.helpers import tiny_bert
 from tests.statistics.test_statistics import padded_batch
 

@@ -15,17 +15,9 @@ from hf_lowrank.compression.memory import statistics_bytes
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.statistics import collect, kinds
-from hf_lowrank.statistics.kinds import passes
-from hf_lowrank.statistics.kronecker import (
-    MOST_PASSES,
-    SKETCH,
-    add_fisher_sketch,
-    add_kronecker_in,
-    add_kronecker_out,
-    rise,
-    unit,
-)
+from hf_lowrank.statistics import collect, names
+from hf_lowrank.statistics.kronecker import SKETCH, add_fisher_sketch, add_kronecker_in, add_kronecker_out, rise, unit
+from hf_lowrank.statistics.names import MOST_PASSES, passes
 from tests.helpers import tiny_bert
 from tests.launches import Job
 from tests.statistics.test_statistics import padded_batch
@@ -90,7 +82,7 @@ def test_the_factors_are_close_to_the_nearest_and_their_cosine_is_reported(measu
 
 
 def test_with_more_turns_the_factors_are_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "MOST_PASSES", 30)
+    monkeypatch.setattr(names, "MOST_PASSES", 30)
     monkeypatch.setattr(collect, "RISE", 1e-6)
     for _, reached, nearest in reached_and_nearest(compute_statistics(model(), batches(), NEEDS, progress=False)):
         assert reached == pytest.approx(nearest, abs=1e-4)

@@ -303,7 +303,7 @@ def test_an_interrupted_command_is_resumed(
 
     assert run(monkeypatch, capfd, *words, tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("hf_lowrank.cli.finetune.save_model", fails)
+        patch.setattr("hf_lowrank.folder.saving.save_model", fails)
         assert run(monkeypatch, capfd, *words, tmp_path / "cut")[0] == 130
     code, _, err = run(monkeypatch, capfd, *words, tmp_path / "cut")
     assert code == 2

@@ -15,7 +15,7 @@ from hf_lowrank.compression.compress import unreached
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets, unstacked
-from hf_lowrank.solvers import get_method
+from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Baseline, Evaluator
 from hf_lowrank.studies.analysis.findings import findings
@@ -28,7 +28,6 @@ from hf_lowrank.studies.analysis.study import Study
 from hf_lowrank.studies.analysis.truncation import GroupTruncation, truncate_groups
 from hf_lowrank.tasks import Task
 
-DEFAULT_METHODS = ("svd", "fwsvd", "tfwsvd", "kfac")
 SWEEP_RATIOS = (0.1, 0.2, 0.33, 0.5, 0.7)
 
 
@@ -42,7 +41,7 @@ class AnalysisConfig:
         LowRankError: an unknown method, a ratio outside (0, 1], fewer than two groups or samples.
     """
 
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] = COMPARED
     rank_ratio: float = 0.33
     groups: int = 10
     sweep_ratios: tuple[float, ...] = SWEEP_RATIOS

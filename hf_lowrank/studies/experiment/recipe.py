@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from hf_lowrank.compression.compress import CompressionConfig
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.table import NAMES
 from hf_lowrank.training.distillation import Distillation

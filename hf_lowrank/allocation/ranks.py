@@ -1,8 +1,7 @@
 """A budget, spread over the targeted layers by an allocation within bounds."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,51 +10,13 @@ from hf_lowrank.allocation.budget import Budget, ImpossibleBudget, Limit, check_
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
 from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
+from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.layer_names import is_expert_layer
 from hf_lowrank.model.targets import weight_shape
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, dense_weight
 
-# Ranks that are multiples of 8 are the fastest on CPUs (benchmarks/speed.md); small layers gain nothing by them.
-ALIGN, ALIGNED_FROM = 8, 64
-
 Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How a budget is spread: an allocation of `ALLOCATIONS`, and what bounds every layer's rank.
-
-    Ranks are multiples of `align`. None, the default: of 8, or below 8, in layers whose smaller side is at least 64,
-    and any rank in smaller ones and by the allocation "uniform", the papers' setting. `floor` and `cap` are relative
-    to the uniform rank at the same budget: no layer gets less than `floor` (0 to 1) times it, none more than `cap` (at
-    least 1).
-
-    Raises:
-        LowRankError: the allocation is unknown, or a bound is out of range.
-    """
-
-    allocation: str = "uniform"
-    align: int | None = None
-    floor: float = 0.0
-    cap: float = math.inf
-
-    def __post_init__(self) -> None:
-        get_allocation(self.allocation)
-        if (self.align is not None and self.align < 1) or not 0 <= self.floor <= 1 or self.cap < 1:
-            raise LowRankError(
-                f"align must be at least 1, floor in [0, 1] and cap at least 1; they are {self.align}, {self.floor} "
-                f"and {self.cap}"
-            )
-
-    def ranks(self, shape: Shape) -> Sequence[int]:
-        """The ranks that a layer [out, in] may have, ascending."""
-        largest = min(shape)
-        if self.align is not None:
-            return range(self.align, largest + 1, self.align)
-        if self.allocation == "uniform" or largest < ALIGNED_FROM:
-            return range(1, largest + 1)
-        return [*range(1, ALIGN), *range(ALIGN, largest + 1, ALIGN)]
 
 
 def allocate(

@@ -1,0 +1,80 @@
+"""How to compress: a method, one budget, how it is spread over layers, and which layers. Checked without tensors."""
+
+import math
+from dataclasses import dataclass
+
+from hf_lowrank.allocation.budget import BUDGETS, Budget, parse_count
+from hf_lowrank.allocation.rules import get_allocation
+from hf_lowrank.allocation.spread import Spread
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.solvers.family import METHODS, check_optimizer, get_method
+
+DEFAULT_RANK_RATIO = 0.33
+DEFAULT_FORM = "factors"
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
+
+    The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
+    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, by
+    default 8 where that is faster, `floor` and `cap` bound the ranks (see `Spread`). `optimizer` is one of
+    `OPTIMIZERS`, for methods that iterate. `include` and `exclude` are name patterns (see `find_targets`). `form` is
+    "factors" or "interpolative" (see `to_form`).
+
+    Raises:
+        LowRankError: an unknown name, a value out of range, or several budgets.
+    """
+
+    method: str = "kfac"
+    rank_ratio: float | None = None
+    allocation: str | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    keep: float | None = None
+    keep_model: float | None = None
+    params: float | str | None = None
+    flops: float | str | None = None
+    latency: float | None = None
+    align: int | None = None
+    floor: float = 0.0
+    cap: float | None = None
+    optimizer: str | None = None
+    form: str = DEFAULT_FORM
+
+    def __post_init__(self) -> None:
+        method = get_method(self.method)
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", method.allocation)
+        if all(getattr(self, kind) is None for kind in BUDGETS):
+            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
+            if not method.iterates:
+                iterating = ", ".join(name for name, method in METHODS.items() if method.iterates)
+                raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
+        if self.form != DEFAULT_FORM:
+            from hf_lowrank.compression.forms import check_form  # here: torch takes time to import
+
+            check_form(self.form)
+        _ = self.budget, self.spread  # raise where they are out of range
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that was given."""
+        given = {kind: value for kind in BUDGETS if (value := getattr(self, kind)) is not None}
+        if len(given) > 1:
+            raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
+        ((kind, value),) = given.items()
+        return Budget(kind, parse_count(value))
+
+    @property
+    def spread(self) -> Spread:
+        """How it is spread over layers."""
+        return Spread(self.allocation or "uniform", self.align, self.floor, math.inf if self.cap is None else self.cap)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics that compressing takes: the method's, and those that make its layers comparable."""
+        return get_method(self.method).needs_for(get_allocation(self.allocation or "uniform").losses == "spectrum")
