@@ -123,7 +123,6 @@ class _Study:
         """Layers of one input as a single matrix, their outputs one below the other."""
         weight = torch.cat([self.layers[name].weight.detach() for name in names])
         gradients = torch.block_diag(*(_damped(self.statistics.mean("gradient_moment", name)) for name in names))
-        # Of the last name, the values: in a last layer queries are active at the one position that the head reads.
         right = self._objective(names[-1], self.statistics.mean("gradient_moment", names[-1])).right
         objective = Scaled(WhiteningScaling(gradients, 0.0), right)  # each damped by its own scale
 

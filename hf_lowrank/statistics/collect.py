@@ -1,6 +1,6 @@
 """One pass over the data: the model's own per-sample losses, backward, and every layer's statistics added up."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
-from hf_lowrank.statistics.kinds import KINDS, accumulate, active_tokens, completed, sum_shape
+from hf_lowrank.statistics.kinds import KINDS, accumulate, completed, sum_shape
 from hf_lowrank.statistics.kronecker import RISE, rise
 from hf_lowrank.statistics.losses import (
     Batch,
@@ -182,7 +182,7 @@ class _Pass:
         self.sharded = is_sharded(model)
         self.place = PartialState().device if model.device.type == "meta" else model.device  # offloaded: hooks move it
         self.finite: dict[str, Tensor] = {}
-        self.recorder = Recorder(self.deliver)
+        self.recorder = Recorder(self.deliver, self.read)
 
     def add(self, batch: Batch, counts: bool = True) -> None:
         """Add the samples of one batch to the sums, or only run the model on them while other processes count."""
@@ -223,18 +223,20 @@ class _Pass:
         if facts["together"] is not None:
             self.losses = sample_losses if facts["together"] else own_loss
 
-    def deliver(self, name: str, x: Tensor, g: Tensor) -> None:
-        """Add one layer's share of a batch: x [batch, tokens, in] and g [batch, tokens, out]."""
+    def read(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
+        """Add one input's share of a batch to what inputs alone decide (see `Recorder`)."""
+        if self.shared is not None and not (self.idle or self.probing):
+            self.shared.arrive(key, readers, x, largest)
+
+    def deliver(self, name: str, x: Tensor, g: Tensor, largest: Tensor) -> None:
+        """Add one layer's share of a batch (see `Recorder`)."""
         if self.idle:
             return
+        self.finite[name] = torch.isfinite(largest).all(dim=1)
+        reached = (largest != 0).any(dim=0)  # elsewhere, as behind a last layer's attention, there is nothing to add
+        if not reached.all():
+            x, g = x[:, reached], g[:, reached]
         x, g = x.float() if x.is_floating_point() else x, g.float()
-        largest = g.abs().amax(dim=-1, keepdim=True)
-        self.finite[name] = torch.isfinite(largest).all(dim=1)[:, 0]
-        active = active_tokens(largest)
-        if self.shared is not None and not self.probing:
-            readers = self.recorder.readers(name) if x.is_floating_point() else (name,)
-            self.shared.arrive(name, x, active, readers)  # whole: readers may be reached at different positions
-        x, g = _reached(x, g, active)
         for kind in self.kinds:
             accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
 
@@ -340,15 +342,6 @@ def _check_finite(finite: dict[str, Tensor], first: int) -> None:
     what, samples = next((what, samples) for what, samples in finite.items() if not samples.all())
     sample = first + int((~samples).nonzero()[0])
     raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
-
-
-def _reached(x: Tensor, g: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the positions that are active in no sample, such as all but the first in a last layer: they add nothing.
-
-    x [batch, tokens, in], g [batch, tokens, out], active [batch, tokens].
-    """
-    kept = active.any(dim=0)
-    return (x, g) if kept.all() else (x[:, kept], g[:, kept])
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

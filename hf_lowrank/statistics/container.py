@@ -78,8 +78,12 @@ class Statistics:
         return cosine(*(self.mean(kind, name) for kind in kinds)) if all(map(self.has, kinds)) else None
 
     def reach(self, name: str) -> bool:
-        """Whether any sample's loss depended on the module: not on an expert that none was routed to."""
-        return any(bool(by_name[name].any()) for by_name in self.sums.values() if name in by_name)
+        """Whether any sample's loss depended on the module: not on an expert that none was routed to.
+
+        Where no gradients were kept, whether it depended on what the module reads.
+        """
+        kinds = [kind for kind in self.sums if not KINDS[kind].of_input] or self.kinds
+        return any(bool(self.sums[kind][name].any()) for kind in kinds if name in self.sums[kind])
 
     def check(self, targets: dict[str, nn.Module], kinds: tuple[str, ...]) -> None:
         """Raise unless every target has these kinds, measured on the very weight it has now.

@@ -1,6 +1,7 @@
 """Hooks that hand over the inputs and output gradients of layers, as linear ones, and leave no trace on the model."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,7 +18,8 @@ from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
 from hf_lowrank.statistics.losses import NotSeparable
 from hf_lowrank.statistics.patches import geometry, patches
 
-Deliver = Callable[[str, Tensor, Tensor], None]
+Deliver = Callable[[str, Tensor, Tensor, Tensor], None]
+Read = Callable[[Hashable, tuple[str, ...], Tensor, Tensor], None]
 
 
 @dataclass
@@ -26,12 +28,17 @@ class Recorder:
 
     A layer that is called once is delivered as soon as its gradient is there, so that its input is freed during the
     backward pass; one that is called several times (shared blocks) when the batch ends, its calls joined along tokens.
+    `deliver` takes the layer's name, inputs x [batch, tokens, in], output gradients g [batch, tokens, out], and the
+    largest entry of each token's gradient [batch, tokens]. `read` takes every call as its gradient comes: what tells
+    its input from others of this batch, the names of all layers that read it, x, and those largest entries.
     """
 
     deliver: Deliver
+    read: Read | None = None
     samples: int = 0
-    inputs: dict[str, list[Any]] = field(default_factory=dict)  # the identity of every input of a layer in this batch
-    arrived: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)  # of a layer in this batch
+    readers: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)  # of every input in this batch
+    arrived: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     counter: Iterator[int] = field(default_factory=count)
     rows: dict[nn.Module, "Rows"] = field(default_factory=dict)  # of the layers of experts, in their latest call
@@ -54,18 +61,19 @@ class Recorder:
             replaced = None
             if not output.requires_grad:  # the first layer on its path: the graph begins here
                 output = replaced = output.detach().requires_grad_().clone()
-            reading = geometry(module) if isinstance(module, CONVOLUTIONS) else None
-            self.inputs.setdefault(name, []).append((self._identity(args[0]), reading))
+            self.calls[name] += 1
+            key = self._key(name, module, args[0], alone=tied_head or isinstance(module, nn.Embedding))
+            self.readers[key] = (*self.readers.get(key, ()), name)
             x = args[0].detach()
             if isinstance(module, nn.Embedding):
                 x = x[..., None]
             rows = self.rows.get(module)
             if rows is not None:
-                output.register_hook(lambda g: self._arrive(name, rows.by_sample(x), rows.by_sample(g)))
+                output.register_hook(lambda g: self._arrive(name, key, rows.by_sample(x), rows.by_sample(g)))
             elif tied_head:
-                output.register_hook(lambda g: self._arrive(name, *_of_embedding(x, g)))
+                output.register_hook(lambda g: self._arrive(name, key, *_of_embedding(x, g)))
             else:
-                output.register_hook(lambda g: self._arrive(name, x, g))
+                output.register_hook(lambda g: self._arrive(name, key, x, g))
             return replaced
 
         return module.register_forward_hook(forward_hook)
@@ -86,35 +94,43 @@ class Recorder:
     def begin_batch(self, samples: int) -> None:
         """Forget the calls of the last batch; the next one has this many samples."""
         self.samples = samples
-        self.inputs.clear()
+        self.calls.clear()
+        self.readers.clear()
         self.arrived.clear()
         self.rows.clear()
 
     def end_batch(self) -> None:
         """Deliver the layers that were called several times."""
-        for name, pairs in self.arrived.items():
-            widest = max(x.shape[-1] for x, _ in pairs)
-            if any(x.is_floating_point() for x, _ in pairs):  # tokens and the gradients of a tied head
-                pairs = [(x if x.is_floating_point() else _one_hot(x, widest), g) for x, g in pairs]
-            calls = [self._tokens(name, x, g) for x, g in pairs]
-            x, g = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
-            self.deliver(name, x, g)
+        for name, calls in self.arrived.items():
+            widest = max(x.shape[-1] for x, _, _ in calls)
+            if any(x.is_floating_point() for x, _, _ in calls):  # tokens and the gradients of a tied head
+                calls = [(x if x.is_floating_point() else _one_hot(x, widest), g, top) for x, g, top in calls]
+            x, g, largest = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
+            self.deliver(name, x, g, largest)
 
-    def readers(self, name: str) -> tuple[str, ...]:
-        """The layers that have read the same inputs as this one in this batch, itself included."""
-        return tuple(other for other, inputs in self.inputs.items() if inputs == self.inputs[name])
+    def _key(self, name: str, module: nn.Module, tensor: Tensor, alone: bool) -> Hashable:
+        """Equal for calls of two layers only if they read one tensor, not written to in between, in the same way.
 
-    def _identity(self, tensor: Tensor) -> tuple[int, int]:
-        """Equal for two inputs only if they are one tensor, not written to in between."""
+        A layer `alone` shares with nobody: an embedding and its tied head keep something else than what they read.
+        """
         if tensor not in self.numbers:
             self.numbers[tensor] = next(self.counter)
-        return self.numbers[tensor], tensor._version
+        reading = geometry(module) if isinstance(module, CONVOLUTIONS) else None
+        key = (self.numbers[tensor], tensor._version, reading, name if alone else None)
+        times = 0
+        while name in self.readers.get((*key, times), ()):
+            times += 1
+        return (*key, times)
 
-    def _arrive(self, name: str, x: Tensor, g: Tensor) -> None:
-        if len(self.inputs[name]) == 1:
-            self.deliver(name, *self._tokens(name, x, g))
+    def _arrive(self, name: str, key: Hashable, x: Tensor, g: Tensor) -> None:
+        x, g = self._tokens(name, x, g)
+        largest = g.abs().amax(dim=-1)
+        if self.read is not None:
+            self.read(key, self.readers[key], x, largest)
+        if self.calls[name] == 1:
+            self.deliver(name, x, g, largest)
         else:
-            self.arrived.setdefault(name, []).append((x, g))
+            self.arrived.setdefault(name, []).append((x, g, largest))
 
     def _tokens(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """One call of a layer: its inputs and output gradients by token."""

@@ -92,12 +92,18 @@ def _accumulate_one_hot(kind: str, total: Tensor, ids: Tensor, g: Tensor) -> Non
         total += change.to(total.device)
 
 
-def active_tokens(g: Tensor) -> Tensor:
-    """1 where the loss depends on a token's output and 0 elsewhere [batch, tokens], from its gradient.
+def active_tokens(largest: Tensor) -> Tensor:
+    """1 where a sample's loss depends on a token and 0 elsewhere, from the largest entry of its gradient.
 
-    Padding is never active, nor is a position that no head reads, such as all but the first in a last layer.
+    Both [batch, tokens]; the largest entry is that of the gradients by the outputs of all layers that read the token.
+    A token is active if its square is not lost in float32 beside that of the sample's most important token, whatever
+    else is in the batch and whatever the model's dtype. To ask for exact zeros would be to ask how a machine rounds:
+    the gradient by the query of a token that sees itself alone is 0 in exact arithmetic, and 0 or a billionth of its
+    value's in practice. Padding is never active, nor is a position that no head reads, such as all but the first
+    behind a last layer's attention.
     """
-    return (g.abs().amax(dim=-1) != 0).to(g.dtype)
+    least = torch.finfo(torch.float32).eps ** 0.5 * largest.float().amax(dim=1, keepdim=True)
+    return (largest > least).float()
 
 
 def add_fisher(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
@@ -145,14 +151,14 @@ def completed(kind: str, total: Tensor) -> Tensor:
     return total
 
 
-def _active_rows(values: Tensor, active: Tensor) -> Tensor:
-    """Those of the active tokens, of values [batch, tokens, n]: [active tokens, n]."""
-    return values.flatten(0, 1).index_select(0, active.flatten().nonzero()[:, 0])
+def _rows_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Those of values [batch, tokens, n] where `chosen` [batch, tokens] is not zero: [rows, n]."""
+    return values.flatten(0, 1).index_select(0, chosen.flatten().nonzero()[:, 0])
 
 
 def add_activation_moment(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
     """total [in, in], or its diagonal [in], += Σ x xᵀ over the active tokens."""
-    kept = _active_rows(x, active)
+    kept = _rows_where(active, x)
     if total.ndim == 1:
         total += kept.square().sum(dim=0)
     else:
@@ -171,7 +177,7 @@ def add_active_tokens(total: Tensor, x: Tensor, active: Tensor, context: Any = N
 
 def add_gradient_moment(total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:
     """total [out, out] += Σ g gᵀ over tokens."""
-    _add_lower_gram(total, _active_rows(g, active_tokens(g)))
+    _add_lower_gram(total, _rows_where(g.abs().amax(dim=-1), g))  # zeros add nothing
 
 
 def add_fisher_in_eigenbasis(total: Tensor, x: Tensor, g: Tensor, context: tuple[Tensor, Tensor]) -> None:

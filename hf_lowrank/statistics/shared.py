@@ -1,6 +1,6 @@
 """Sums that depend on a layer's input alone: one for all layers that read the same tokens, as q, k and v do."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.jobs.distributed import from_everyone, summed
 from hf_lowrank.model.weights import sums_device
-from hf_lowrank.statistics.kinds import accumulate, completed, sum_shape
+from hf_lowrank.statistics.kinds import accumulate, active_tokens, completed, sum_shape
 
 
 @dataclass(eq=False)
@@ -20,31 +20,31 @@ class _Cell:
 
 
 class InputSums:
-    """Sums of the kinds that only inputs decide (`Kind.of_input`), kept once for layers whose inputs never differed.
+    """Sums of the kinds that only inputs decide (`Kind.of_input`), once for layers that always read the same inputs.
 
-    Layers differ where they read other tensors, or where other tokens of the same tensor are active: the last query of
-    an encoder is read at one position, its key and value at all. From the first batch where they do, each has its own.
+    Whether they do is a matter of which tensors they were called with, and no matter of numbers. A token counts for all
+    targeted layers that read it, or for none: it is active if the loss depends on what any of them makes of it.
     """
 
     def __init__(self, kinds: Sequence[str], targets: dict[str, nn.Module], device: torch.device | None) -> None:
         self.kinds, self.targets, self.device = kinds, targets, device
         self.cells: dict[str, _Cell] = {}
-        self.waiting: dict[tuple[str, ...], dict[str, tuple[Tensor, Tensor]]] = {}
+        self.waiting: dict[Hashable, tuple[tuple[str, ...], Tensor, list[Tensor]]] = {}
 
-    def arrive(self, name: str, x: Tensor, active: Tensor, readers: tuple[str, ...]) -> None:
-        """Take one layer's input x [batch, tokens, in] and its active tokens [batch, tokens].
+    def arrive(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
+        """Take the input `key`, x [batch, tokens, in], and what one reader's gradient is at most [batch, tokens].
 
         It is added up when all of `readers`, the layers that read this input, have arrived, or the batch has ended.
         """
-        waiting = self.waiting.setdefault(readers, {})
-        waiting[name] = (x, active)
-        if len(waiting) == len(readers):
-            self._add(self.waiting.pop(readers))
+        _, _, arrived = self.waiting.setdefault(key, (readers, x, []))
+        arrived.append(largest)
+        if len(arrived) == len(readers):
+            self._add(*self.waiting.pop(key))
 
     def end_batch(self) -> None:
         """Add up what still waits for layers that got no gradient."""
         for arrived in self.waiting.values():
-            self._add(arrived)
+            self._add(*arrived)
         self.waiting.clear()
 
     def state(self) -> tuple[dict[str, Tensor], list[list[str]]]:
@@ -72,31 +72,28 @@ class InputSums:
         return {kind: {name: by_name[name] for name in self.targets} for kind, by_name in sums.items()}
 
     def _labels(self) -> dict[str, tuple[int, ...]]:
-        """For each layer the number of its cell on each process; layers without one have a number of their own."""
+        """For each layer the number of its cell on each process, -1 without one, and its own number if it has none."""
         numbers: dict[_Cell, int] = {}
-        mine = {}
-        for n, name in enumerate(self.targets):
-            cell = self.cells.get(name)
-            mine[name] = -1 - n if cell is None else numbers.setdefault(cell, len(numbers))
-        everyone = from_everyone(mine)
-        return {name: tuple(numbers[name] for numbers in everyone) for name in self.targets}
+        for name in self.targets:
+            if name in self.cells:
+                numbers.setdefault(self.cells[name], len(numbers))
+        everyone = from_everyone({name: numbers[cell] for name, cell in self.cells.items()})
+        labels = {name: tuple(numbers.get(name, -1) for numbers in everyone) for name in self.targets}
+        return {
+            name: label if any(number >= 0 for number in label) else (*label, n)
+            for n, (name, label) in enumerate(labels.items())
+        }
 
-    def _add(self, arrived: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Add an input for every group of its readers that agree in which tokens are active."""
-        groups: list[tuple[Tensor, Tensor, list[str]]] = []
-        for name, (x, active) in arrived.items():
-            same = next((names for _, other, names in groups if torch.equal(active, other)), None)
-            if same is None:
-                groups.append((x, active, [name]))
-            else:
-                same.append(name)
-        for x, active, names in groups:
-            for cell in self._cells_of(names):
-                for kind in self.kinds:
-                    accumulate(kind, cell.sums[kind], x, active)
+    def _add(self, readers: tuple[str, ...], x: Tensor, arrived: list[Tensor]) -> None:
+        """Add an input, its tokens active if they are for any reader, to the sums of all its readers."""
+        active = active_tokens(torch.stack([largest.to(x.device) for largest in arrived]).amax(dim=0))
+        x = x.float() if x.is_floating_point() else x
+        for cell in self._cells_of(readers):
+            for kind in self.kinds:
+                accumulate(kind, cell.sums[kind], x, active)
 
-    def _cells_of(self, names: list[str]) -> Iterable[_Cell]:
-        """The cells of these layers and of no other, split from those of layers that now differ from them."""
+    def _cells_of(self, names: Sequence[str]) -> Iterable[_Cell]:
+        """The cells of these layers and of no other, split from those of layers that now read something else."""
         new = [name for name in names if name not in self.cells]
         if new:
             self._assign(new, self._zeros(new[0]))

@@ -76,11 +76,17 @@ def test_processes_without_samples_take_part(tmp_path: Path) -> None:
 
 def part_differently(output: Path) -> None:
     rank = PartialState().process_index
-    sums = InputSums(["active_tokens"], {name: nn.Linear(2, 3) for name in "abcd"}, None)
+    sums = InputSums(["active_tokens"], {name: nn.Linear(2, 3) for name in "abcde"}, None)
     x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
-    for name, mask in zip("abc", [(every, every, some), (some, every, every)][rank], strict=True):
-        sums.arrive(name, x, mask, ("a", "b", "c"))
+    for key, readers, largest in [
+        [("first", "ab", every), ("second", "c", some), ("third", "de", every)],
+        [("first", "a", some), ("second", "bc", every)],  # d and e have nothing to read
+    ][rank]:
+        for _ in readers:
+            sums.arrive(key, tuple(readers), x, largest)
     result = sums.result()["active_tokens"]
+    assert result["d"] is result["e"]
+    assert len({id(total) for total in result.values()}) == 4
     if rank == 1:
         save_file({name: total.clone() for name, total in result.items()}, output)
 
@@ -88,7 +94,7 @@ def part_differently(output: Path) -> None:
 def test_inputs_that_are_shared_on_one_process_only_are_told_apart(tmp_path: Path) -> None:
     Job(tmp_path / "job", part_differently, tmp_path / "sums", processes=2).done()
     assert {name: float(total) for name, total in load_file(tmp_path / "sums").items()} == {
-        "a": 5, "b": 8, "c": 5, "d": 0
+        "a": 5, "b": 8, "c": 5, "d": 4, "e": 4
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def statistics_of(x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
             known = all(need in means for need in KINDS[kind].needs)
             prepared = context(*(means[need] for need in KINDS[kind].needs)) if context and known else None
             total = torch.zeros(KINDS[kind].shape(OUT, IN))
-            KINDS[kind].add(total, x, active_tokens(g) if KINDS[kind].of_input else g, prepared)
+            KINDS[kind].add(total, x, active_tokens(g.abs().amax(dim=-1)) if KINDS[kind].of_input else g, prepared)
             means[kind] = completed(kind, total) / len(x)
     return means
 
