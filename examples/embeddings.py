@@ -26,6 +26,7 @@ from hf_lowrank.tasks.metrics import correlation
 MODEL = resolve(os.environ.get("MODEL", "sentence-transformers/all-MiniLM-L6-v2"))
 DATA = Path(os.environ["DATA"]) if "DATA" in os.environ else None
 OUTPUT = os.environ.get("OUTPUT", "embeddings-small")
+INCLUDE = ("encoder.*", "word_embeddings")  # half of a small model are its words; None: the linears alone
 SAMPLES = int(os.environ.get("SAMPLES", "512"))
 task = get_task("stsb")  # pairs of sentences and how alike they are; only the score needs the latter
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -81,8 +82,8 @@ loader = DataLoader(range(len(texts)), 16, collate_fn=lambda n: {**tokens([texts
 
 embedder = Embedder.from_pretrained(MODEL, dtype=torch.float32, add_pooling_layer=False)
 embedder.config.problem_type = "regression"
-config = CompressionConfig(keep_model=float(os.environ.get("KEEP", "0.6")))
-statistics = compute_statistics(embedder, loader, config.needs)
+config = CompressionConfig(keep_model=float(os.environ.get("KEEP", "0.6")), include=INCLUDE)
+statistics = compute_statistics(embedder, loader, config.needs, include=INCLUDE)
 
 # %% [markdown]
 # ## Compress the plain model

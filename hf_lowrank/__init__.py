@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_lowrank.statistics.collect import compute_fisher, compute_statistics
     from hf_lowrank.statistics.container import Statistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "METHODS",

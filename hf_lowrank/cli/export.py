@@ -16,7 +16,7 @@ def export_command(
 ) -> None:
     """Write a compressed model as ONNX with free batch and length, its factors kept, and check it in ONNX Runtime.
 
-    Needs the extra: pip install 'hf_lowrank[export]'.
+    Needs the packages of the extra "export": pip install onnx onnxruntime onnxscript
 
     Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
     """

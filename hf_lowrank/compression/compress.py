@@ -41,7 +41,9 @@ def compress(
 
     Args:
         model: any transformers model; nothing but its targeted linears changes.
+        config: how to compress: a method, a budget, how it is spread, and which layers.
         statistics: what is needed (see `CompressionConfig.needs`), measured on this very model.
+        progress: whether bars are shown.
         profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
         work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
 

@@ -18,10 +18,24 @@ class CompressionConfig:
     """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
 
     The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
-    any, a rank ratio of 0.33. `allocation` is one of `ALLOCATIONS`, by default the method's own; `align`, by
-    default 8 where that is faster, `floor` and `cap` bound the ranks (see `Spread`). `optimizer` is one of
-    `OPTIMIZERS`, for methods that iterate. `include` and `exclude` are name patterns (see `find_targets`). `form` is
-    "factors" or "interpolative" (see `to_form`).
+    any, a rank ratio of 0.33.
+
+    Args:
+        method: what is minimised, a name in `METHODS`.
+        rank_ratio: rank / min(in, out) of every layer; allocations but "uniform" get as many parameters.
+        allocation: how the budget is spread over layers, a name in `ALLOCATIONS`; None for the method's own.
+        include: name patterns of layers (see `find_targets`); None for the linears inside the blocks.
+        exclude: name patterns of layers to leave dense.
+        keep: share of the targeted layers' parameters.
+        keep_model: share of the whole model's parameters.
+        params: parameters of the whole compressed model, a number or such as "66.5M".
+        flops: floating-point operations of one token through the targeted layers.
+        latency: share of the targeted layers' time, measured on this machine.
+        align: ranks are multiples of it; None for 8 where that is faster.
+        floor: the least rank of a layer, as a share of its uniform rank (see `Spread`).
+        cap: the largest, as a multiple of its uniform rank; None for no bound.
+        optimizer: for methods that iterate, a name in `OPTIMIZERS`; None for the default.
+        form: how factors are stored, "factors" or "interpolative" (see `to_form`).
 
     Raises:
         LowRankError: an unknown name, a value out of range, or several budgets.

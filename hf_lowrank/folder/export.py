@@ -133,4 +133,4 @@ def _require_packages() -> Any:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise LowRankError(f"{error}: ONNX needs the extra 'export': pip install 'hf_lowrank[export]'") from error
+        raise LowRankError(f"{error}: ONNX needs more packages: pip install onnx onnxruntime onnxscript") from error

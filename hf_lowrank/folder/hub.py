@@ -36,7 +36,16 @@ def push_folder(
     """Upload a saved low-rank model to the Hub in one commit, under the name `repo_id`, and return its address.
 
     Weights, config, source files, tokenizer, record and card. The card is for `repo_id`, and otherwise as it is in the
-    folder. The repository and the branch `revision` are made if need be; `create_pr` opens a pull request instead.
+    folder.
+
+    Args:
+        folder: as `compress` and `save_pretrained` write it.
+        repo_id: such as "me/bert-stsb-lowrank"; the repository is made if need be.
+        private: whether only you see it, if it is made now; None for the Hub's default.
+        revision: the branch to commit to, made if need be; None for the main one.
+        create_pr: open a pull request instead of committing.
+        message: the commit's; None for one that names the folder.
+        token: of the Hub; None for the stored one.
 
     Raises:
         LowRankError: no low-rank model, no token or one that may not write there, no network, or a failing server.

@@ -50,8 +50,17 @@ def compute_fisher(
 ) -> Statistics:
     """The exact empirical Fisher information of every targeted weight, E_n[(∂loss_n/∂W)²], with the labels of the data.
 
-    `form="row"` sums it over outputs, which is all that FWSVD needs, without forming the gradients. Hsu et al. (2022),
-    section 4; the options are those of `compute_statistics`.
+    Hsu et al. (2022), section 4.
+
+    Args:
+        model: as in `compute_statistics`, and so is `loader`.
+        loader: batches with labels.
+        form: "element" [out, in] of each layer, or "row", its sum over outputs [in], which is all that FWSVD needs and
+            forms no gradients.
+        options: the others of `compute_statistics`.
+
+    Raises:
+        LowRankError: as `compute_statistics`.
     """
     return compute_statistics(model, loader, ["fisher" if form == "element" else "fisher_rows"], **options)
 
@@ -75,12 +84,17 @@ def compute_statistics(
 
     The unit is a sample's own task loss: its mean over its own labelled tokens, dropout off. Batches only save time:
     the first one is checked against its samples taken alone, and where a model mixes samples or has a loss of
-    another form, every sample is run alone with the model's own loss. The model is as it was afterwards.
+    another form, every sample is run alone with the model's own loss.
 
     Args:
+        model: any transformers model; it is as it was afterwards.
         loader: batches as keyword arguments of the model, with labels; their size may vary. With several processes
             each one gives its own share, and the sums are added over processes at the end.
+        kinds: names in `KINDS`, such as `CompressionConfig.needs` lists.
+        include: name patterns of layers (see `find_targets`); None for the linears inside the blocks.
+        exclude: name patterns of layers to leave out.
         origin: plain facts kept with the result (model, task, data, seed).
+        progress: whether a bar is shown.
         device: where the sums are kept; by default beside their layer. "cpu" spares an accelerator's memory.
         work: where sums are checkpointed, and from where they go on, to the same bits (see `Work.open`).
 

@@ -48,7 +48,7 @@ class SweepConfig:
         budget: a key of `BUDGETS`, `values` its values.
         epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
         samples: training rows that statistics are measured on, chosen by `seed`.
-        include, exclude, align, form: as in `CompressionConfig`, of all models alike.
+        include: as in `CompressionConfig`, of all models alike; so are `exclude`, `align` and `form`.
 
     Raises:
         LowRankError: an unknown name, or a value out of range.

@@ -1,0 +1,83 @@
+"""What the documentation and the README say is what the code does, as far as that can be told cheaply."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_lowrank
+from benchmarks.picture import curves
+from hf_lowrank.allocation import ALLOCATIONS, BUDGETS
+from hf_lowrank.solvers import METHODS
+from hf_lowrank.tasks.table import NAMES
+from tests.launches import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def options_in(text: str) -> set[str]:
+    """The long options of every `hf-lowrank …` in the blocks of shell commands, as (command, option) in one string."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    found = set()
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        match = re.search(r"(?:hf-lowrank|-m hf_lowrank) ([a-z]+)(.*)", line.split("#")[0])
+        if match:
+            found |= {f"{match[1]} {option}" for option in re.findall(r"--[a-z0-9-]+", match[2])} | {match[1]}
+    return found
+
+
+def known_options() -> set[str]:
+    import typer
+
+    from hf_lowrank.cli import app
+
+    group = typer.main.get_command(app)
+    commands = group.commands.items()  # type: ignore[attr-defined]
+    return {f"{name} {option}" for name, command in commands for p in command.params for option in p.opts} | {
+        name for name, _ in commands
+    }
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_and_options_that_are_shown_exist(page: Path) -> None:
+    assert options_in(page.read_text(encoding="utf-8")) <= known_options() | {"demo"}
+
+
+def test_python_that_is_shown_compiles_and_imports_what_exists() -> None:
+    for page in [ROOT / "README.md", *PAGES]:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            if "--8<--" not in block:
+                compile(block, str(page), "exec")
+                for line in re.findall(r"^from hf_lowrank.*$", block, flags=re.MULTILINE):
+                    exec(line)
+
+
+def test_the_pages_name_every_method_allocation_budget_and_task() -> None:
+    concepts = {name: (DOCS / f"concepts/{name}.md").read_text(encoding="utf-8") for name in ("objectives", "ranks")}
+    assert [name for name in METHODS if f"`{name}`" not in concepts["objectives"]] == []
+    assert [name for name in ALLOCATIONS if f"`{name}`" not in concepts["ranks"]] == []
+    assert [name for name in BUDGETS if f"`--{name.replace('_', '-')}" not in concepts["ranks"]] == []
+    guides = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "guides").glob("*.md"))
+    assert [name for name in NAMES if f"`{name}`" not in guides] == []
+
+
+def test_the_picture_shows_the_figures_of_the_study() -> None:
+    dense, found = curves((ROOT / "benchmarks/allocation.md").read_text(encoding="utf-8"))
+    assert dense == 83.07
+    assert found["svd"][0] == (20.1, 79.6)
+    assert {len(points) for points in found.values()} == {4}
+
+
+WHOLE = [name for name in hf_lowrank.__all__ if inspect.isfunction(getattr(hf_lowrank, name))] + ["CompressionConfig"]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_exported_names_have_whole_docstrings(name: str) -> None:
+    """Every argument under `Args`, and what they raise."""
+    exported = getattr(hf_lowrank, name)
+    text = inspect.getdoc(exported) or ""
+    arguments = text.split("Args:")[-1].split("Raises:")[0] if "Args:" in text else ""
+    assert [argument for argument in inspect.signature(exported).parameters if f"{argument}:" not in arguments] == []
+    assert "Raises:" in text
