@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from hf_lowrank.allocation.costs import Cost, Shape
+from hf_lowrank.jobs.distributed import on_main
 
 # Time is measured for this many tokens at once, at this many ranks from small to break-even, and interpolated.
 LATENCY_TOKENS, LATENCY_RANKS, LATENCY_REPEATS = 512, 8, 7
 
 
 def measured_latency(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> Cost:
-    """Seconds that `LATENCY_TOKENS` tokens take through a layer, measured here once for every shape.
+    """Seconds that `LATENCY_TOKENS` tokens take through a layer, measured once for every shape, by the main process.
 
     Times of factors are medians at a few ranks, made to never fall with the rank, and linear in between.
     """
-    curves = {shape: _curve(shape, dtype, device) for shape in dict.fromkeys(shapes)}
+    curves = on_main(lambda: {shape: _curve(shape, dtype, device) for shape in dict.fromkeys(shapes)})
 
     def cost(shape: Shape, rank: int | None) -> float:
         ranks, seconds, dense = curves[shape]

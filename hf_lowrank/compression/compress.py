@@ -15,7 +15,7 @@ from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
-from hf_lowrank.jobs.distributed import Result, divided, estimated_cost, on_main
+from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets, weight_shape
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
@@ -167,8 +167,7 @@ def _decided(decide: Callable[[], Ranks], work: Work | None) -> Ranks:
     """The main process's ranks on all of them: a latency that each measured itself would differ."""
     if work is not None:
         return work.decided("ranks", decide)
-    ranks = decide()
-    return on_main(lambda: ranks)
+    return agreed(decide())
 
 
 def layer_solver(

@@ -11,6 +11,7 @@ from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
 
@@ -55,7 +56,7 @@ def search_smallest(
             except ImpossibleBudget:  # below the least possible
                 low = keep
                 continue
-            measured = measure(candidate[0])
+            measured = agreed(measure(candidate[0]))
             tried.append((keep, measured))
             shown.set_postfix_str(f"keep {keep:.3f}: {measured:.4g}")
             shown.update()

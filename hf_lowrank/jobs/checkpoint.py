@@ -136,13 +136,12 @@ class Work:
         self.last = time.monotonic()
 
     def decided(self, name: str, decide: Callable[[], Any]) -> Any:
-        """Plain facts that are decided once: read back if they were, else computed, by all, and kept as on main."""
+        """Plain facts that are decided once: read back if they were, else computed by all. Main's count everywhere."""
         path = self.folder / f"{name}.json"
-        if on_main(path.is_file):
-            return on_main(lambda: read_json(path))
-        facts = decide()
-        on_main(lambda: write_json(path, facts))
-        return facts
+        if not on_main(path.is_file):
+            facts = decide()
+            on_main(lambda: write_json(path, facts))
+        return on_main(lambda: read_json(path))
 
     @property
     def saving(self) -> bool:

@@ -3,6 +3,7 @@
 import heapq
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -54,12 +55,33 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             answer[0] = function()
         except LowRankError as error:
-            answer[1] = str(error)
+            answer[1] = error
     if state.num_processes > 1:
         broadcast_object_list(answer)
     if answer[1] is not None:
-        raise LowRankError(answer[1])
+        raise answer[1]
     return answer[0]
+
+
+def agreed(value: T) -> T:
+    """The main process's value, on every process: of what each has computed, and rounded, in its own way."""
+    return on_main(lambda: value)
+
+
+@contextmanager
+def shared_errors() -> Iterator[None]:
+    """A LowRankError that one process raises within the block is raised by all of them at its end.
+
+    So none waits for a result that will not come. All processes must come here, and each works alone within the block.
+    """
+    own = None
+    try:
+        yield
+    except LowRankError as error:
+        own = error
+    first = next((error for error in from_everyone(own) if error is not None), None)
+    if first is not None:
+        raise own or first
 
 
 def from_everyone(value: T) -> list[T]:
@@ -105,23 +127,24 @@ def divided(
     processes must call this with the same costs.
 
     Raises:
-        LowRankError: something kept is damaged.
+        LowRankError: on all processes, as `solve` on one; or something kept is damaged.
     """
     state = PartialState()
     done = on_main(lambda: sorted(kept.names() & set(costs)) if kept is not None else [])
     share = shares({name: cost for name, cost in costs.items() if name not in set(done)}, state.num_processes)
     own: dict[str, Result] = {}
-    for name in [*(done if state.is_main_process else ()), *share[state.process_index]]:
-        if name in done:
-            assert kept is not None
-            result = kept.load(name)
-        else:
-            result = solve(name)
-            if kept is not None:
-                kept.save(name, result)
-        yield name, result
-        if state.num_processes > 1:
-            own[name] = result
+    with shared_errors():
+        for name in [*(done if state.is_main_process else ()), *share[state.process_index]]:
+            if name in done:
+                assert kept is not None
+                result = kept.load(name)
+            else:
+                result = solve(name)
+                if kept is not None:
+                    kept.save(name, result)
+            yield name, result
+            if state.num_processes > 1:
+                own[name] = result
     if state.num_processes > 1:
         yield from _exchanged(own)
 

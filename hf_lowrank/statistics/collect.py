@@ -1,6 +1,7 @@
 """One pass over the data: the model's own per-sample losses, backward, and every layer's statistics added up."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
-from hf_lowrank.jobs.distributed import Result, from_everyone, on_main, summed
+from hf_lowrank.jobs.distributed import Result, from_everyone, on_main, shared_errors, summed
 from hf_lowrank.jobs.interrupts import Stopped, undivided
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets
@@ -121,7 +122,9 @@ def compute_statistics(
             break
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
         run = _Pass(model, targets, part, measured, None if device is None else torch.device(device))
-        with bar(title, _length(loader), "samples", progress) as shown, measuring(model, targets, run.recorder):
+        together = nullcontext() if run.sharded else shared_errors()  # sharded models go step by step
+        shown_by = bar(title, _length(loader), "samples", progress)
+        with shown_by as shown, measuring(model, targets, run.recorder), together:
             _run(run, loader, shown, checkpoints)
         result = run.result(origin or {})
         measured = result if measured is None else measured.joined(result)
@@ -203,7 +206,7 @@ class _Pass:
         batch = {key: value.to(self.place) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if self.losses is None:
             self.losses = self._choose_losses(batch)
-        parts = [batch] if self.losses is sample_losses else list(_one_by_one(batch))
+        parts = [batch] if self.losses is sample_losses else list(one_by_one(batch))
         steps = max(from_everyone(len(parts))) if self.sharded else len(parts)
         for step in range(steps):
             part = parts[min(step, len(parts) - 1)]
@@ -295,7 +298,7 @@ class _Pass:
 
     def _choose_losses(self, batch: Batch) -> SampleLosses:
         """`sample_losses` if two samples together give what the model's own loss gives alone, else `own_loss`."""
-        alone = list(_one_by_one(batch))[:2]
+        alone = list(one_by_one(batch))[:2]
         if min(self._everyone(len(alone))) < 2:
             return own_loss
         together = {key: _slice(value, slice(0, 2), _size(batch)) for key, value in batch.items()}
@@ -368,14 +371,16 @@ def _size(batch: Batch) -> int:
     return len(tensor)
 
 
-def _one_by_one(batch: Batch) -> Iterator[Batch]:
+def one_by_one(batch: Batch) -> Iterator[Batch]:
+    """The samples of a batch, as batches of one."""
     size = _size(batch)
     for n in range(size):
         yield {key: _slice(value, slice(n, n + 1), size) for key, value in batch.items()}
 
 
 def _slice(value: Any, part: slice, size: int) -> Any:
-    return value[part] if isinstance(value, Tensor) and value.ndim > 0 and len(value) == size else value
+    several = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
+    return value[part] if several and len(value) == size else value
 
 
 def _length(loader: Any) -> int | None:

@@ -45,7 +45,7 @@ def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         NotSeparable: the model or its labels are of another kind.
     """
     labels = batch.get("labels")
-    if labels is None or getattr(model.config, "is_encoder_decoder", False):
+    if not isinstance(labels, Tensor) or getattr(model.config, "is_encoder_decoder", False):
         raise NotSeparable
     logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:

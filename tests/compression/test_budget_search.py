@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import BertForSequenceClassification, PreTrainedModel, YolosConfig, YolosForObjectDetection
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.compression.profiling import mean_loss, profile_losses
 from hf_lowrank.compression.search import search_smallest
 from hf_lowrank.statistics import Statistics
-from tests.helpers import bert_config, tiny_bert, token_ids
+from tests.helpers import bert_config, tiny_bert, tiny_llama, token_ids
+from tests.statistics.test_statistics import padded_batch
 from tests.tiny_task import run, tiny_tokenizer, write_cola
 
 CONFIG = CompressionConfig("kfac", keep=0.5)
@@ -73,6 +74,32 @@ def test_profiles_are_what_each_layer_loses_alone(
     assert report.targeted_after <= 0.6 * report.targeted_before
     with pytest.raises(LowRankError, match="the profile has no measured loss"):
         compress(copy.deepcopy(model), knapsack, statistics, progress=False)
+
+
+def alone(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of batches, each a batch of its own."""
+    return [{k: v[n : n + 1] for k, v in batch.items()} for batch in batches for n in range(len(batch["labels"]))]
+
+
+def test_losses_do_not_depend_on_how_samples_are_put_into_batches() -> None:
+    texts = [padded_batch(lengths=lengths) for lengths in ((9, 2, 8), (3, 5))]
+    model = tiny_llama()
+    assert mean_loss(model, texts) == pytest.approx(mean_loss(model, alone(texts)), rel=1e-6)
+    expected = [model(**sample).loss.item() for sample in alone(texts)]
+    assert mean_loss(model, texts) == pytest.approx(sum(expected) / 5, rel=1e-6)
+
+
+def test_losses_with_labels_that_are_lists() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = YolosConfig(**sizes, image_size=[32, 32], patch_size=16, num_detection_tokens=4, num_labels=3)
+    model = YolosForObjectDetection(config).eval()
+    labels = [{"class_labels": torch.arange(n), "boxes": torch.rand(n, 4) / 4 + 0.3} for n in (1, 3, 2)]
+    batch: dict[str, Any] = {"pixel_values": torch.rand(3, 3, 32, 32), "labels": labels}
+    expected = sum(model(**sample).loss.item() for sample in alone([batch])) / 3
+    assert mean_loss(model, [batch]) == pytest.approx(expected, rel=1e-6)
+    found = profile_losses(model, CompressionConfig("svd", keep=0.5), None, [batch], ratios=(0.1,), progress=False)
+    assert all(found.values())
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """One, two and three processes: the same statistics up to summation order, the same factors bit for bit."""
 
+import json
 import random
 import time
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
+from hf_lowrank.allocation.latency import measured_latency
+from hf_lowrank.compression.profiling import mean_loss, profile_losses
+from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import divided, on_main, shares
 from hf_lowrank.model.weights import model_digest, unwrapped
 from hf_lowrank.statistics.collect import lockstep
@@ -261,3 +265,76 @@ def test_accelerate_launch_on_two_processes(common: list[Any], tmp_path: Path) -
     assert good.returncode == 0, printed
     assert printed.count("layers factorized by kfac") == 1
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+# --- the same everywhere: measured losses and times, ranks and errors ---
+
+
+def refused(function: Any) -> str:
+    """The one line of the LowRankError that every process gets."""
+    with pytest.raises(LowRankError) as raised:
+        function()
+    return str(raised.value)
+
+
+def measure_and_fail(folder: Path) -> None:
+    """What two processes find, each with its share of the samples, and what both are told where one fails."""
+    state = PartialState()
+    rank, config = state.process_index, CompressionConfig("svd", keep=0.6, allocation="knapsack")
+    mine = batches()[rank :: state.num_processes]
+    profile = profile_losses(tiny_bert(), config, None, mine, ratios=(0.1, 0.4), progress=False)
+    _, report = compress(tiny_bert(), config, profile=profile, progress=False)
+    times = measured_latency([(32, 64)], torch.float32, torch.device("cpu"))
+    found: dict[str, Any] = {"profile": profile, "ranks": report.ranks, "seconds": times((32, 64), 8)}
+    found["empty share"] = mean_loss(tiny_bert(), batches() if state.is_last_process else [])
+    if state.num_processes > 1:
+        found["decided"] = Work.open(folder / "work", {}).decided("ranks", lambda: {"a": rank})
+        names = {str(n): 1.0 for n in range(4)}
+        found["errors"] = [
+            refused(lambda: list(divided(names, solve_on_main))),
+            refused(lambda: compute_statistics(tiny_bert(num_labels=1), spoiled(mine), ["fisher"], progress=False)),
+            refused(lambda: mean_loss(tiny_bert(), [{"input_ids": b["input_ids"]} for b in mine] if rank else mine)),
+        ]
+        assert on_main(lambda: "and none is out of step") == "and none is out of step"
+    (folder / f"found-{rank}-of-{state.num_processes}.json").write_text(json.dumps(found))
+
+
+def solve_on_main(name: str) -> Any:
+    if not PartialState().is_main_process:
+        raise LowRankError("a layer that cannot be solved")
+    return {"x": torch.zeros(1)}, {}
+
+
+def spoiled(mine: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """Numbers to predict, infinite ones on one process."""
+    far = torch.inf if PartialState().process_index == 1 else 0.0
+    return [batch | {"labels": batch["labels"] + far} for batch in mine]
+
+
+def test_measured_losses_ranks_and_errors_are_the_same_on_all_processes(tmp_path: Path) -> None:
+    Job(tmp_path / "job", measure_and_fail, tmp_path, processes=2).done()
+    measure_and_fail(tmp_path)
+    first, second, alone = (
+        json.loads((tmp_path / f"found-{which}.json").read_text()) for which in ("0-of-2", "1-of-2", "0-of-1")
+    )
+    assert first == second
+    assert first["decided"] == {"a": 0}
+    assert first["ranks"] == alone["ranks"]
+    for name, losses in alone["profile"].items():
+        assert first["profile"][name] == pytest.approx(losses, abs=1e-6)
+    assert first["empty share"] == pytest.approx(alone["empty share"], abs=1e-6)
+    solve, measure, labels = first["errors"]
+    assert solve == "a layer that cannot be solved"
+    assert "the loss is not finite for sample" in measure
+    assert "the data lack the labels that it needs" in labels
+
+
+@pytest.mark.parametrize("how", [("--allocation", "knapsack"), ("--latency", 0.9, "--align", 1)])
+def test_ranks_from_what_is_measured_do_not_split_the_processes(
+    common: list[Any], tmp_path: Path, how: tuple[Any, ...]
+) -> None:
+    words = ["compress", *common, "--method", "svd", *how]
+    Job(tmp_path / "job", hf_lowrank, *words, "--output", tmp_path / "two", processes=2).done()
+    if "knapsack" in how:
+        Job(tmp_path / "job", hf_lowrank, *words, "--output", tmp_path / "one").done()
+        assert content(tmp_path / "two") == content(tmp_path / "one")
