@@ -64,6 +64,11 @@ def total_cost(choices: dict[str, Choices], chosen: dict[str, int]) -> float:
     return sum(choices[name].costs[index] for name, index in chosen.items())
 
 
+def total_loss(choices: dict[str, Choices], chosen: dict[str, int]) -> float:
+    """What the chosen indices lose together."""
+    return sum(choices[name].losses[index] for name, index in chosen.items())
+
+
 def cheapest(choices: dict[str, Choices]) -> float:
     """The least that every layer together can cost."""
     return sum(each.costs[0] for each in choices.values())

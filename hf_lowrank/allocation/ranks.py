@@ -44,7 +44,7 @@ def allocate(
     _refuse_routed(targets, budget)
     rule = get_allocation(spread.allocation)
     limit, plain = _limited(targets, model_parameters, budget, spread, form)
-    total = max(limit.total, cheapest(plain))
+    total = max(limit.total, cheapest(plain))  # but for rounding
     chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
     if rule.losses != "none":
         uniform = {name: each.ranks[chosen[name]] for name, each in plain.items()}
@@ -112,6 +112,12 @@ def _limited(
     plain = {name: layer_choices(shape, limit.cost, spread.ranks(shape)) for name, shape in shapes.items()}
     if budget.kind != "rank_ratio":
         check_range(budget, limit, cheapest(plain), dearest(plain))
+    elif limit.total < cheapest(plain) * (1 - 1e-9):
+        raise ImpossibleBudget(
+            f"rank_ratio {budget.value:g} cannot be met by ranks that are multiples of {spread.align}: it stands for "
+            f"{limit.total:,.0f} parameters, and the smallest take {cheapest(plain):,.0f}; give a larger ratio or a "
+            "smaller align"
+        )
     return limit, plain
 
 

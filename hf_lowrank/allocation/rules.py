@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_lowrank.allocation.choices import Choices, total_cost
+from hf_lowrank.allocation.choices import Choices, total_cost, total_loss
 from hf_lowrank.errors import LowRankError
 
 Chosen = dict[str, int]  # name → index into its choices
 Decide = Callable[[dict[str, Choices], float], Chosen]
 
-# The knapsack counts costs in this many parts of the budget, rounded up, so that the budget is never exceeded.
+# The knapsack keeps one combination of choices for each of so many parts of the budget.
 KNAPSACK_PARTS = 4096
 
 
@@ -73,7 +73,12 @@ def greedy(choices: dict[str, Choices], budget: float) -> Chosen:
     A layer's steps are the edges of the convex hull of its (cost, loss) points, which is optimal where losses add up
     and steps are small; where an edge is too dear for what is left, its first single step is tried instead.
     """
-    chosen = dict.fromkeys(choices, 0)
+    return _climbed(choices, dict.fromkeys(choices, 0), budget)
+
+
+def _climbed(choices: dict[str, Choices], start: Chosen, budget: float) -> Chosen:
+    """The greedy steps from `start`."""
+    chosen = dict(start)
     left = budget - total_cost(choices, chosen)
     hulls = {name: _hull(each) for name, each in choices.items()}
 
@@ -131,27 +136,29 @@ def effective_rank(choices: dict[str, Choices], budget: float) -> Chosen:
 
 @allocation("knapsack", "the best combination of losses measured layer by layer at a few ranks", "profile")
 def knapsack(choices: dict[str, Choices], budget: float) -> Chosen:
-    """The choices of least total loss within the budget, by dynamic programming over the budget in equal parts."""
-    parts = {
-        name: [math.ceil((cost - each.costs[0]) / budget * KNAPSACK_PARTS) for cost in each.costs]
-        for name, each in choices.items()
-    }
-    room = KNAPSACK_PARTS - math.ceil(sum(each.costs[0] for each in choices.values()) / budget * KNAPSACK_PARTS)
-    import numpy as np  # here: it takes time to import
+    """The choices of least total loss within the budget, by dynamic programming over the layers.
 
-    best, picks = np.zeros(room + 1), []
-    for name, each in choices.items():
-        options = np.full((len(each.ranks), room + 1), np.inf)
-        for n, (part, loss) in enumerate(zip(parts[name], each.losses, strict=True)):
-            if part <= room:
-                options[n, part:] = best[: room + 1 - part] + loss
-        picks.append(options.argmin(axis=0))
-        best = options.min(axis=0)
-    chosen = {}
-    for (name, _), pick in zip(reversed(choices.items()), reversed(picks), strict=True):
-        chosen[name] = int(pick[room])
-        room -= parts[name][chosen[name]]
-    return {name: chosen[name] for name in choices}
+    Of the combinations for the layers so far, the one of least loss is kept for each of `KNAPSACK_PARTS` equal parts of
+    the budget, with what it costs exactly. What is left in the end is spent by greedy steps. Of very many layers,
+    greedy steps alone may be better than what was kept, and are taken then.
+    """
+    import numpy as np  # here, as it takes time to import
+
+    part, rest = budget / KNAPSACK_PARTS, sum(each.costs[0] for each in choices.values())
+    costs, losses, kept = np.zeros(1), np.zeros(1), []
+    for each in choices.values():
+        rest -= each.costs[0]  # the least that the layers to come will cost
+        costs, losses = (np.add.outer(a, b).ravel() for a, b in ((costs, each.costs), (losses, each.losses)))
+        order = np.lexsort((costs, losses, costs // part))
+        order = order[(costs[order] + rest <= budget * (1 + 1e-12)) | (costs[order] == costs.min())]
+        _, first = np.unique(costs[order] // part, return_index=True)
+        kept.append(order[first])
+        costs, losses = costs[kept[-1]], losses[kept[-1]]
+    best, chosen = int(losses.argmin()), {}
+    for (name, each), origin in zip(reversed(choices.items()), reversed(kept), strict=True):
+        best, chosen[name] = divmod(int(origin[best]), len(each.ranks))
+    best_kept = _climbed(choices, {name: chosen[name] for name in choices}, budget)
+    return min(best_kept, greedy(choices, budget), key=lambda found: total_loss(choices, found))
 
 
 def _at_share(each: Choices, ratio: float) -> int:
