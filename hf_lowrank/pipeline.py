@@ -21,7 +21,7 @@ from hf_lowrank.folder.loading import load_model, stored_dtype
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.tasks import Task, get_task, load_validation
+from hf_lowrank.tasks import Task, described, get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import evaluate_splits
 
@@ -81,6 +81,11 @@ class Pipeline:
             LowRankError: the data cannot be read or lack what the task needs.
         """
         return load_validation(self.task, self.data_dir, self.tokenizer, self.model.config)
+
+    @cached_property
+    def scored_on(self) -> dict[str, Any]:
+        """What `score` is measured on: names, rows and a digest; scores are comparable where these are equal."""
+        return described(self.validation, self.task, self.data_dir)
 
     def loader(self, samples: int | None = None) -> DataLoader:
         """Batches of `samples` training rows (by default those of the pipeline): under several processes, a share."""

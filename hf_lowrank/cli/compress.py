@@ -119,10 +119,12 @@ def compress_command(
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
     from hf_lowrank.folder.loading import load_model, stored_dtype
     from hf_lowrank.folder.saving import add_facts, save_compressed
+    from hf_lowrank.folder.scores import with_score
     from hf_lowrank.statistics import Statistics, compute_statistics
     from hf_lowrank.statistics.container import content_digest
     from hf_lowrank.tasks.calibration import calibration_loader
-    from hf_lowrank.training.evaluate import evaluate
+    from hf_lowrank.tasks.labels import label_mapping
+    from hf_lowrank.training.evaluate import evaluate_described
 
     replace = refuse_output(output, resume, overwrite)
     if push_to_hub is not None:
@@ -135,15 +137,18 @@ def compress_command(
     facts: dict[str, Any] = {"base_model": public_name(model), "task": the_task.name, "versions": versions()}
     facts["memory"] = memory
     facts["data"] = origin(model, the_task, data_dir, seed)["data"]
+    if mapping := label_mapping(the_task, loaded.config):
+        facts["labels"] = mapping
     if score:
-        facts["score_dense"] = evaluate(loaded, tokenizer, the_task, data_dir)["score"]
+        metrics, scored_on = evaluate_described(loaded, tokenizer, the_task, data_dir)
+        facts |= with_score(facts, "dense", metrics["score"], scored_on)
     measured = loader = None
     if needs := config.needs:
         if statistics is not None:
             measured = Statistics.load(statistics)
         else:
             loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
-    settings = {**asdict(config), "task": task, "batch_size": batch_size}
+    settings = {**asdict(config), "task": the_task.name, "batch_size": batch_size}
     settings |= {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
     data = loader if statistics is None else content_digest(statistics)
     work = open_work(output, loaded, data, settings, seed, resume, overwrite, checkpoint_minutes)
@@ -165,8 +170,10 @@ def compress_command(
         work.mark_saving()
         save_compressed(loaded, tokenizer, report, output, replace, stored_dtype(model), **facts)
         if score:  # as a user gets it: loaded back
-            facts["score_compressed"] = evaluate(*load_model(str(output), the_task), the_task, data_dir)["score"]
-            add_facts(output, score_compressed=facts["score_compressed"])
+            metrics, scored_on = evaluate_described(*load_model(str(output), the_task), the_task, data_dir)
+            found_now = with_score(facts, "compressed", metrics["score"], scored_on)
+            facts |= found_now
+            add_facts(output, **found_now)
         work.remove()
         if push_to_hub is not None:
             facts["address"] = push_folder(output, push_to_hub)

@@ -34,14 +34,16 @@ def evaluate_command(
     from accelerate import PartialState
 
     from hf_lowrank.folder.loading import load_model
-    from hf_lowrank.training.evaluate import evaluate
+    from hf_lowrank.tasks.labels import label_mapping
+    from hf_lowrank.training.evaluate import evaluate_described
 
     loaded, tokenizer = load_model(model, the_task)
-    result = evaluate(loaded, tokenizer, the_task, data_dir, batch_size)
+    result, scored_on = evaluate_described(loaded, tokenizer, the_task, data_dir, batch_size)
     if not PartialState().is_main_process:
         return
     if as_json:
-        return print_json({"model": model, "task": the_task.name, "parameters": loaded.num_parameters(), **result})
+        facts = {"model": model, "task": the_task.name, "parameters": loaded.num_parameters(), "scored_on": scored_on}
+        return print_json({**facts, "labels": label_mapping(the_task, loaded.config), **result})
     table = Table(
         "metric", "value", box=None, title=f"{model} on {the_task.name}, {loaded.num_parameters():,} parameters"
     )

@@ -75,8 +75,9 @@ def finetune_command(
     from hf_lowrank.cli.facts import public_name, versions
     from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained, stored_dtype
     from hf_lowrank.folder.saving import add_facts, read_record, save_model
+    from hf_lowrank.folder.scores import comparable, why_not, with_score
     from hf_lowrank.training.distillation import Distillation
-    from hf_lowrank.training.evaluate import evaluate
+    from hf_lowrank.training.evaluate import evaluate_described
     from hf_lowrank.training.finetune import finetune
 
     refuse_existing(output, overwrite)
@@ -102,9 +103,12 @@ def finetune_command(
     if record is not None:
         record |= {"finetuning": finetuning}
     save_model(loaded, tokenizer, output, overwrite, stored_dtype(model), record)
-    metrics = evaluate(*load_model(str(output), the_task), the_task, data_dir)  # as a user gets it: loaded back
+    loaded_back = load_model(str(output), the_task)  # as a user gets it
+    metrics, scored_on = evaluate_described(*loaded_back, the_task, data_dir)
     if record is not None:
-        add_facts(output, score_finetuned=metrics["score"])
+        found = with_score(record, "finetuned", metrics["score"], scored_on)
+        record |= found
+        add_facts(output, **found)
     shutil.rmtree(checkpoints, ignore_errors=True)
     if as_json:
         parameters = loaded.num_parameters()
@@ -116,7 +120,12 @@ def finetune_command(
         console.print(f"new, drawn by seed {seed}: {', '.join(fresh)}")
     for epoch in facts["history"]:
         console.print(", ".join(f"{name} {value:.4g}" for name, value in epoch.items()), highlight=False)
-    before = "" if record is None or "score_compressed" not in record else f"{record['score_compressed']:.2f} → "
+    before = ""
+    if record is not None and "score_compressed" in record:
+        if comparable(record, "compressed", "finetuned"):
+            before = f"{record['score_compressed']:.2f} → "
+        else:
+            console.print(why_not(record, "compressed", "finetuned"), highlight=False)
     console.print(
         f"{the_task.score} {before}{metrics['score']:.2f} after {facts['seconds']:.0f} s of fine-tuning; "
         f"saved to {output}",

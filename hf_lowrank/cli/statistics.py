@@ -68,7 +68,13 @@ def statistics_command(
     loaded, tokenizer = load_model(model, the_task)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
     source = origin(model, the_task, data_dir, seed)
-    settings = {"kinds": list(kinds), "include": include, "exclude": exclude, "task": task, "batch_size": batch_size}
+    settings = {
+        "kinds": list(kinds),
+        "include": include,
+        "exclude": exclude,
+        "task": the_task.name,
+        "batch_size": batch_size,
+    }
     work = open_work(output, loaded, loader, settings, seed, resume, overwrite, checkpoint_minutes)
     measured = compute_statistics(
         loaded, loader, kinds, include=include, exclude=exclude, origin=source, device=sums_at, work=work

@@ -13,6 +13,7 @@ from yaml import YAMLError
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.facts import public_name, versions
+from hf_lowrank.folder.scores import KINDS, comparable, last_score, left_out
 from hf_lowrank.jobs.files import write_text
 from hf_lowrank.nn.auto_lowrank import auto_class_of
 from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, card_name
@@ -56,6 +57,8 @@ def render_card(record: Record, name: str) -> str:
         "picture": PICTURE if _is_drawn(record) else None,
         "rows": _rows(record),
         "columns": _columns(record),
+        "scored_on": _scored_on(record),
+        "not_compared": left_out(record),
         "citations": citations(record["settings"]["method"]),
     }
     return str(ModelCard.from_template(_metadata(record, name), template_str=template, **facts)).strip() + "\n"
@@ -168,11 +171,11 @@ def _pipeline(auto_class: str | None) -> str | None:
 def _eval_results(record: Record) -> list[EvalResult] | None:
     """The last measured score, with the data it was measured on."""
     task = TASKS.get(record.get("task", ""))
-    score = record.get("score_finetuned", record.get("score_compressed"))
+    last = last_score(record)
     tag = _pipeline(record.get("auto_class"))
-    if task is None or score is None or tag is None:
+    if task is None or last in (None, "dense") or tag is None:
         return None
-    hub = record.get("data") == task.hub[0]
+    score, hub = record[f"score_{last}"], (_scored_on(record) or {}).get("data") == task.hub[0]
     return [
         EvalResult(
             task_type=tag,
@@ -201,13 +204,21 @@ def _rows(record: Record) -> list[list[str]]:
     base, latency = record.get("base", {}), record.get("latency", {})
     before, after = record["parameters_before"], record["parameters_after"]
     size = record.get("weights_bytes")
+    last = last_score(record) or ""
+    scores = {kind: record.get(f"score_{kind}") if comparable(record, kind, last) else None for kind in KINDS}
     rows = [
-        [metric, *(_number(record.get(f"score_{kind}"), "{:.2f}") for kind in ("dense", "compressed", "finetuned"))],
+        [metric, *(_number(scores[kind], "{:.2f}") for kind in KINDS)],
         ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})", f"{after:,}"],
         ["weights on disk (MB)", *(_number(value, "{:.1f}", 1e6) for value in (base.get("weights_bytes"), size, size))],
         ["latency (ms)", *(_number(latency.get(kind), "{:.3g}") for kind in ("dense", "compressed", "compressed"))],
     ]
     return [row[: 1 + len(_columns(record))] for row in rows if any(row[1:])]
+
+
+def _scored_on(record: Record) -> Record | None:
+    """The validation data of the last score; None where that is not recorded."""
+    found: Record | None = record.get("scored_on", {}).get(last_score(record))
+    return found
 
 
 def _metric(task: Task) -> tuple[str, str]:

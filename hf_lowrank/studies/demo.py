@@ -50,10 +50,11 @@ from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.saving import save_compressed
+from hf_lowrank.folder.scores import with_score
 from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.tasks import TASKS, collator, encode
+from hf_lowrank.tasks import TASKS, collator, described, encode
 from hf_lowrank.training.evaluate import evaluate_rows
 
 METHODS = ("svd", "fwsvd", "tfwsvd")
@@ -181,7 +182,9 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
     loader = DataLoader(sample, batch_size=BATCH_SIZE, collate_fn=collator(TASK, tokenizer))
     fisher = compute_statistics(model, loader, ["fisher", "fisher_rows"], origin={"model": "demo", "seed": seed})
     runs, best = _compare(model, tokenizer, validation, fisher)
-    facts: dict[str, Any] = {"task": TASK.name, "score_dense": dense_score, "score_compressed": best[0]}
+    data = described([validation], TASK, None) | {"data": "made-up rows"}
+    facts: dict[str, Any] = {"task": TASK.name, **with_score({}, "dense", dense_score, data)}
+    facts |= with_score(facts, "compressed", best[0], data)
     save_compressed(best[1], tokenizer, best[2], output, overwrite, base_model="demo", **facts)
     loaded = AutoModelForSequenceClassification.from_pretrained(output)
     if evaluate_rows(loaded, tokenizer, TASK, validation, progress=False)["score"] != best[0]:

@@ -27,6 +27,7 @@ from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import digest
 from hf_lowrank.tasks import Task, collator, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks.data import content_digest
 from hf_lowrank.training.evaluate import predict_rows, score_predictions
 from hf_lowrank.training.finetune import finetune
 
@@ -100,8 +101,9 @@ def sweep(
     Raises:
         LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
     """
-    _claim(folder, model, task, config, origin or {})
-    bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {})
+    validation = load_validation(task, data_dir, tokenizer, model.config)
+    _claim(folder, model, task, config, {**(origin or {}), "validation data": content_digest(validation)})
+    bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {}, validation)
     done = {_key(record): record for record in read_results(folder)}
     wanted = [None, *config.runs()]
     with bar("sweep", len(wanted), "models") as shown:
@@ -144,10 +146,10 @@ class _Bench:
         config: SweepConfig,
         folder: Path,
         origin: dict[str, Any],
+        validation: Sequence[Dataset],
     ) -> None:
         self.model, self.tokenizer, self.task, self.data_dir = model, tokenizer, task, data_dir
-        self.config, self.folder = config, folder
-        self.validation: Sequence[Dataset] = load_validation(task, data_dir, tokenizer, model.config)
+        self.config, self.folder, self.validation = config, folder, validation
         self.statistics = self._statistics(origin)
         rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
         self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))

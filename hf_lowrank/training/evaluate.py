@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.tasks import IGNORED, Task, collator, label_ids_of, load_validation
+from hf_lowrank.tasks import IGNORED, Task, collator, described, label_ids_of, load_validation
 
 
 def evaluate(
@@ -33,8 +33,21 @@ def evaluate(
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
     """
+    return evaluate_described(model, tokenizer, task, data_dir, batch_size, progress)[0]
+
+
+def evaluate_described(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The figures of `evaluate`, and the validation data that they were measured on (`tasks.described`)."""
     validation = load_validation(task, data_dir, tokenizer, model.config)
-    return evaluate_splits(model, tokenizer, task, validation, batch_size, progress)
+    figures = evaluate_splits(model, tokenizer, task, validation, batch_size, progress)
+    return figures, described(validation, task, data_dir)
 
 
 def evaluate_splits(

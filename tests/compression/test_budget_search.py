@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,12 @@ def test_a_sweep_goes_on_where_it_was(trained: tuple[Path, Path], tmp_path: Path
     code, _, error = run(monkeypatch, capfd, *words, "--seed", "1")
     assert code == 2
     assert "holds a sweep with seed 0, this one has 1" in error
+    other = tmp_path / data.name
+    shutil.copytree(data, other)
+    shutil.copy(data / "train.parquet", other / "validation.parquet")
+    code, _, error = run(monkeypatch, capfd, *[other if word is data else word for word in words])
+    assert code == 2
+    assert "holds a sweep with validation data '" in error
 
 
 def test_all_models_of_a_sweep_have_its_layers_ranks_and_form(

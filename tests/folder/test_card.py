@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[2]
 REAL = sorted(path.parent for path in (ROOT / "model_cards").glob("*/record.json"))
 
 
+DATA = {"data": "nyu-mll/glue", "splits": ["validation"], "rows": 1500, "digest": "0123456789abcdef"}
+
+
 def record(**changes: Any) -> dict[str, Any]:
     """A record with everything that a card can show; None removes a fact."""
     layer = {"name": "bert.encoder.layer.0.output.dense", "out_features": 384, "in_features": 1536, "rank": 48}
@@ -48,6 +51,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "score_dense": 83.071,
         "score_compressed": 81.525,
         "score_finetuned": 82.988,
+        "scored_on": dict.fromkeys(("dense", "compressed", "finetuned"), DATA),
         "finetuning": {"epochs": 3, "learning_rate": 3e-5, "history": [1, 2]},
         "latency": {"dense": 7.25, "compressed": 4.75, "setup": "batch 8 of 128 tokens, float32, 2 threads"},
         "weights_bytes": 30_600_000,
@@ -94,6 +98,29 @@ def test_the_table_compares_dense_compressed_and_fine_tuned() -> None:
     assert "1 of its layers" in card  # the other one stayed dense
 
 
+def test_scores_on_other_data_are_not_compared() -> None:
+    other = DATA | {"data": "mine", "rows": 60, "digest": "fedcba9876543210"}
+    card = render_card(record(scored_on={"dense": DATA, "compressed": DATA, "finetuned": other}), "me/small")
+    assert "| mean of Pearson and Spearman correlation (%) |  |  | 82.99 |" in card
+    assert "The score is that of 60 rows of mine (validation), all that there are." in card
+    assert (
+        "The compressed model's 81.53 is not compared: it was measured on 1,500 rows of nyu-mll/glue (01234567), the "
+        "fine-tuned model's score on 60 rows of mine (fedcba98), which are other data."
+    ) in card
+    (result,) = ModelCard(card).data.to_dict()["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "stsb", "type": "stsb", "split": "validation"}
+
+
+def test_scores_of_which_the_data_are_not_known_are_not_compared() -> None:
+    card = render_card(record(scored_on=None), "me/small")
+    assert "| mean of Pearson and Spearman correlation (%) |  |  | 82.99 |" in card
+    assert "The score is that of validation data of stsb that are not recorded." in card
+    for score in ("dense model's 83.07", "compressed model's 81.53"):
+        assert f"The {score} is not compared: not both were recorded with their validation data." in card
+    assert "1,500 rows" not in card
+    assert "whole" not in card.partition("## Ranks")[0]
+
+
 def test_what_was_done_is_said_with_its_formula_and_sources() -> None:
     card = render_card(record(), "me/small")
     method = METHODS["tfwsvd"]
@@ -123,6 +150,7 @@ OPTIONAL = (
     "score_dense",
     "score_compressed",
     "score_finetuned",
+    "scored_on",
     "finetuning",
     "latency",
     "weights_bytes",
@@ -167,7 +195,8 @@ def test_a_base_model_on_this_machine_is_named_but_not_linked() -> None:
 def test_other_tasks_and_heads(tmp_path: Path) -> None:
     model = tiny_gpt2()
     small, report = compress(model, CompressionConfig("svd", 0.25), progress=False)
-    facts = {"task": "tinystories", "score_dense": 12.5, "score_compressed": 13.25}
+    facts: dict[str, Any] = {"task": "tinystories", "score_dense": 12.5, "score_compressed": 13.25}
+    facts["scored_on"] = {"dense": DATA, "compressed": DATA}
     save_compressed(small, None, report, tmp_path / "small", **facts)
     card = ModelCard.load(tmp_path / "small" / "README.md")
     assert card.data.pipeline_tag == "text-generation"

@@ -1,11 +1,13 @@
 """Recipes are checked, done step by step, gone on with, and written up; the ones of the papers are valid."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 
 from hf_lowrank import LowRankError
 from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
@@ -117,6 +119,20 @@ def test_records_of_other_settings_are_named_before_any_work(places: dict[str, P
     with pytest.raises(LowRankError, match=r"seed0\.json was made with finetune\.epochs 2, and the recipe says 1"):
         do(other, tmp_path, places)
     assert records(tmp_path) == before
+
+
+def test_scores_on_other_data_are_not_put_beside_those_of_today(places: dict[str, Path], tmp_path: Path) -> None:
+    do(content(places, methods=["svd"], finetune_after=False), tmp_path / "out", places)
+    kept = records(tmp_path / "out")
+    whole = kept["tiny--cola--seed0--svd--rank-ratio-0.25"]
+    assert whole["scored_on"] == whole["compression"]["scored_on"]["dense"] == kept["tiny--cola--seed0"]["scored_on"]
+    other = tmp_path / "other" / "cola"
+    shutil.copytree(places["data"] / "cola", other)
+    rows = Dataset.from_parquet(str(other / "validation.parquet"))
+    rows.select(range(10)).to_parquet(other / "validation.parquet")
+    with pytest.raises(LowRankError, match=r"seed0 was scored on other validation data, .*delete .*records"):
+        do(content(places, finetune_after=False), tmp_path / "out", {**places, "data": other.parent})
+    assert records(tmp_path / "out") == kept
 
 
 def test_a_step_that_fails_does_not_stop_the_others(places: dict[str, Path], tmp_path: Path) -> None:

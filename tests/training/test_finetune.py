@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ def test_before_and_after_compression(folder: Path, data: Path, tmp_path: Path, 
     code, printed, _ = run(monkeypatch, capfd, "evaluate", tuned, *common, "--json")
     assert json.loads(printed)["score"] == result["score"]
     before, record = (json.loads((path / "compression.json").read_text()) for path in (small, tuned))
+    noted = record.pop("scored_on")
+    assert noted["dense"] == noted["compressed"] == noted["finetuned"] == json.loads(printed)["scored_on"]
+    assert before.pop("scored_on") == {key: noted[key] for key in ("dense", "compressed")}
+    assert before["labels"]["labels"] == {"unacceptable": "unacceptable", "acceptable": "acceptable"}
     assert record["score_finetuned"] == result["score"]
     assert record["finetuning"]["teacher"] == "dense"
     assert record["finetuning"]["settings"]["epochs"] == 4
@@ -281,6 +286,34 @@ def test_before_and_after_compression(folder: Path, data: Path, tmp_path: Path, 
         key: value for key, value in before.items() if key != "fingerprint"
     }
     assert not list(tmp_path.glob("*.checkpoints"))
+
+
+def test_scores_on_other_data_are_not_compared(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    fast = ("--task", "cola", "--epochs", 1, "--batch-size", 8)
+    dense, small, other = (tmp_path / name for name in ("dense", "small", "other"))
+    assert run(monkeypatch, capfd, "finetune", folder, *fast, "--data-dir", data, "--output", dense)[0] == 0
+    words = ("compress", dense, "--task", "cola", "--data-dir", data, "--output", small, "--evaluate")
+    assert run(monkeypatch, capfd, *words)[0] == 0
+    shutil.copytree(data, other)
+    shutil.copy(data / "train.parquet", other / "validation.parquet")
+    for place, compared in ((data, True), (other, False)):
+        output = tmp_path / f"tuned-{compared}"
+        code, printed, _ = run(monkeypatch, capfd, "finetune", small, *fast, "--data-dir", place, "--output", output)
+        assert code == 0
+        assert (" → " in printed) == compared
+        assert ("which are other data." in printed) != compared
+        row = next(line for line in (output / "README.md").read_text().splitlines() if line.startswith("| Matthews"))
+        assert row.count("|  ") == (0 if compared else 2)
+    record = json.loads((small / "compression.json").read_text())
+    del record["scored_on"]  # as older versions wrote it
+    (small / "compression.json").write_text(json.dumps(record))
+    words = ("finetune", small, *fast, "--data-dir", data, "--output", tmp_path / "old")
+    code, printed, _ = run(monkeypatch, capfd, *words)
+    assert code == 0
+    assert "is not compared: not both were recorded with their validation data." in printed
+    assert " → " not in printed
 
 
 def test_the_stored_dtype_is_kept(folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:

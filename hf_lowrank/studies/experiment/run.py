@@ -19,13 +19,14 @@ from hf_lowrank.folder.card import card_facts
 from hf_lowrank.folder.facts import versions
 from hf_lowrank.folder.loading import load_for_finetuning, load_model
 from hf_lowrank.folder.saving import save_model
+from hf_lowrank.folder.scores import with_score
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.studies.experiment.plan import Dense, Run, plan_of
 from hf_lowrank.studies.experiment.recipe import Recipe, Settings, TaskChoice, compression_config
 from hf_lowrank.studies.experiment.store import Record, Store
 from hf_lowrank.studies.experiment.tables import write_tables
-from hf_lowrank.tasks import Task, get_task, load_validation
+from hf_lowrank.tasks import Task, described, get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate_splits
@@ -113,6 +114,7 @@ class _Group:
         try:
             self.task, self.data = task_of(self.dense.task, self.data_root)
             self.base = self._dense()
+            self._refuse_other_data(done)
         except Exception as error:
             return self._fail(self.dense.name, error)
         for run in self.runs:
@@ -123,6 +125,17 @@ class _Group:
                 self._compressed(run)
             except Exception as error:
                 self._fail(run.name, error)
+
+    def _refuse_other_data(self, done: dict[str, Record | None]) -> None:
+        """Raise where a record holds a score on other validation data than today's."""
+        for name, record in done.items():
+            digest = (record or {}).get("scored_on", {}).get("digest")
+            if record is not None and digest != self.scored_on["digest"]:
+                known = "other validation data" if digest else "validation data that were not noted"
+                raise LowRankError(
+                    f"{name} was scored on {known}, and is not to be compared with what is scored now; choose another "
+                    f"output, or delete {self.store.path(name)}"
+                )
 
     def _fail(self, name: str, error: Exception) -> None:
         """Note an error, and go on with what does not depend on it."""
@@ -144,6 +157,7 @@ class _Group:
             facts = self._finetuned_dense(folder)
         model, tokenizer = load_model(name, self.task)
         validation = load_validation(self.task, self.data, tokenizer, model.config)
+        self.scored_on = described(validation, self.task, self.data)
         if record is None:
             metrics = evaluate_splits(model, tokenizer, self.task, validation)
             record = self._add(self.dense.name, self.dense.settings, {**facts, **_figures(model, metrics)})
@@ -190,17 +204,18 @@ class _Group:
         statistics = self._statistics(run)
         model, report = compress(copy.deepcopy(dense), compression_config(run.method, run.budget), statistics)
         facts: Record = {"base_model": self.dense.model.title, "task": self.task.name, "data": self._data_name()}
-        facts |= {**card_facts(model), **facts, "score_dense": base["score"], "seed": self.dense.seed}
+        facts |= {**card_facts(model), **facts, "seed": self.dense.seed}
+        facts |= with_score(facts, "dense", base["score"], self.scored_on)
         record = self.store.get(run.name, run.settings)
         if record is None:
             metrics = evaluate_splits(model, tokenizer, self.task, validation)
-            whole = {**facts, "score_compressed": metrics["score"], **report.to_dict()}
+            whole = {**facts, **with_score(facts, "compressed", metrics["score"], self.scored_on), **report.to_dict()}
             record = self._add(run.name, run.settings, {**_figures(model, metrics), "compression": whole})
         whole = record["compression"]
         if run.finetune is not None and self.store.get(run.finetuned_name, run.finetuned_settings) is None:
             training = self._train(run.finetuned_name, model, tokenizer, run.finetune)
             metrics = evaluate_splits(model, tokenizer, self.task, validation)
-            whole = {**whole, "score_finetuned": metrics["score"], "finetuning": training}
+            whole |= {**with_score(whole, "finetuned", metrics["score"], self.scored_on), "finetuning": training}
             self._add(run.finetuned_name, run.finetuned_settings, {**_figures(model, metrics), "compression": whole})
         if self.keep_models and PartialState().is_main_process:
             save_model(model, tokenizer, self.output / "models" / run.name, overwrite=True, record=whole)
@@ -243,7 +258,7 @@ class _Group:
         return self.task.hub[0] if self.data is None else self.data.resolve().name
 
     def _add(self, name: str, settings: Settings, facts: Record) -> Record:
-        record = self.store.add(name, settings, {**facts, "versions": versions()})
+        record = self.store.add(name, settings, {**facts, "scored_on": self.scored_on, "versions": versions()})
         if PartialState().is_main_process:
             write_tables(self.recipe, self.store, self.output)
         self.say(f"{name}: {record['score']:.2f}, {record['parameters']:,} parameters")

@@ -26,7 +26,7 @@ class Store:
             LowRankError: it was made with other settings; the message names the first that differs.
         """
         PartialState().wait_for_everyone()
-        path = self._path(name)
+        path = self.path(name)
         if not path.is_file():
             return None
         record: Record = read_json(path)
@@ -42,9 +42,10 @@ class Store:
         record = {"settings": settings, **facts}
         if PartialState().is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._path(name), record)
+            write_json(self.path(name), record)
         PartialState().wait_for_everyone()
         return record
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Where the record of a step is kept."""
         return self.folder / f"{name}.json"
