@@ -27,7 +27,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TO
 TIMINGS = ("seconds", "latency", "memory")  # what differs between two runs of the same job
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.jobs"])
+_forks.set_forkserver_preload(["tests.launches"])
 
 
 def make_model(folder: Path, **changes: Any) -> Path:
