@@ -81,3 +81,21 @@ def test_exported_names_have_whole_docstrings(name: str) -> None:
     arguments = text.split("Args:")[-1].split("Raises:")[0] if "Args:" in text else ""
     assert [argument for argument in inspect.signature(exported).parameters if f"{argument}:" not in arguments] == []
     assert "Raises:" in text
+
+
+def test_the_readme_is_short_and_its_table_is_the_study_s() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) <= 900
+    _, found = curves((ROOT / "benchmarks/allocation.md").read_text(encoding="utf-8"))
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in readme.splitlines() if "|" in line]
+    shown = {row[0]: row[1:] for row in rows}
+    names = dict(zip(found, ("SVD", "FWSVD", "TFWSVD", "activation whitening", "the default"), strict=True))
+    for method, name in names.items():
+        assert shown[name] == [f"{score:.1f}" for _, score in found[method]]
+    assert shown["parameters left"] == [f"{size}M" for size, _ in found["svd"]]
+
+
+def test_links_of_files_outside_the_site_lead_somewhere() -> None:
+    for page in [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
