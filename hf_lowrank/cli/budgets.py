@@ -1,5 +1,6 @@
 """Options that say how small a model should become."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -66,7 +67,7 @@ CapOption = Annotated[
 
 
 def refuse_contradictions(budgets: dict[str, Any], keep_score: float | None, max_loss_increase: float | None) -> None:
-    """Raise where a search comes with a budget or another search.
+    """Raise where a search comes with a budget or another search, or cannot succeed.
 
     Raises:
         LowRankError: the message names them.
@@ -75,5 +76,9 @@ def refuse_contradictions(budgets: dict[str, Any], keep_score: float | None, max
     given = [name for name, value in asked.items() if value is not None]
     if len(given) > 1:
         raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
-    if keep_score is not None and keep_score <= 0:
-        raise LowRankError(f"keep_score must be above 0, such as 0.99; it is {keep_score}")
+    if keep_score is not None and not 0 < keep_score <= 1:
+        raise LowRankError(
+            f"keep_score is a share of the dense model's score, in (0, 1], such as 0.99; it is {keep_score}"
+        )
+    if max_loss_increase is not None and not 0 <= max_loss_increase < math.inf:
+        raise LowRankError(f"max_loss_increase must be a number from 0, such as 0.01; it is {max_loss_increase}")

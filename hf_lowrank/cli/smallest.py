@@ -10,6 +10,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
 from hf_lowrank.compression.search import Found, search_smallest
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.tasks import Task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
@@ -43,7 +44,11 @@ def smallest(
     keep_score: float | None,
     max_loss_increase: float | None,
 ) -> Found:
-    """The smallest model within what was asked of its score or its loss on the validation data."""
+    """The smallest model within what was asked of its score or its loss on the validation data.
+
+    Raises:
+        LowRankError: as `search_smallest`; or the dense model's score is not above 0, so that it has no shares.
+    """
     validation = load_validation(task, data_dir, tokenizer, model.config)
 
     def score(candidate: PreTrainedModel) -> float:
@@ -57,10 +62,13 @@ def smallest(
 
     measure: Callable[[PreTrainedModel], float]
     if keep_score is not None:
-        measure, limit = score, score(model) * (1 / keep_score if task.lower_is_better else keep_score)
+        dense = agreed(score(model))
+        if not dense > 0:
+            raise LowRankError(f"the dense model scores {dense:.4g}, of which there is no share: use max_loss_increase")
+        measure, limit = score, dense / keep_score if task.lower_is_better else dense * keep_score
         accept = (lambda value: value <= limit) if task.lower_is_better else (lambda value: value >= limit)
     else:
-        measure, limit = loss, loss(model) + (max_loss_increase or 0.0)
+        measure, limit = loss, agreed(loss(model)) + (max_loss_increase or 0.0)
         accept = lambda value: value <= limit  # noqa: E731
     try:
         return search_smallest(model, config, statistics, measure, accept, profile)

@@ -15,7 +15,8 @@ from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
 
-# The search ends when the budget is known to this share of the targeted parameters.
+# The search begins with the largest budget below 1, and ends when the budget is known, to this share of the targeted
+# parameters.
 RESOLUTION = 0.01
 
 
@@ -41,44 +42,48 @@ def search_smallest(
     """The model of fewest parameters whose measurement is accepted, by bisection of the budget `keep`.
 
     `config` says everything but the budget. `model` itself is left as it is: each candidate is a copy. Measurements
-    need not fall evenly with the size; what is returned was measured and accepted.
+    need not fall evenly with the size; what is returned was measured and accepted. The largest candidate is measured
+    first, and the search ends where it is not accepted.
 
     Raises:
         LowRankError: nothing smaller than the dense model is accepted; the message says what came nearest.
     """
     low, high, best = 0.0, 1.0, None
+    keep = 1 - RESOLUTION
     tried: list[tuple[float, float]] = []
     with bar("searching", None, "models", progress) as shown:
-        while high - low > RESOLUTION:
-            keep = (low + high) / 2
-            try:
-                candidate = _at(model, config, statistics, keep, profile)
-            except ImpossibleBudget:  # below the least possible
-                low = keep
-                continue
-            measured = agreed(measure(candidate[0]))
-            tried.append((keep, measured))
-            shown.set_postfix_str(f"keep {keep:.3f}: {measured:.4g}")
-            shown.update()
-            if accept(measured):
-                high, best = keep, Found(*candidate, measured, ())
+        while high - low > RESOLUTION * (1 + 1e-9):
+            found = _measured(model, config, statistics, keep, profile, measure)
+            if found is not None:
+                tried.append((keep, found.measured))
+                shown.set_postfix_str(f"keep {keep:.3f}: {found.measured:.4g}")
+                shown.update()
+            if found is not None and accept(found.measured):
+                high, best = keep, found
             else:
                 low = keep
+            keep = (low + high) / 2
     if best is None:
         raise LowRankError(
-            "no smaller model is good enough; of those tried, "
-            + ", ".join(f"keep {keep:.3f} measured {measured:.4g}" for keep, measured in sorted(tried)[-3:])
+            "no smaller model is good enough; "
+            + (f"the largest, keep {tried[0][0]:.3f}, measured {tried[0][1]:.4g}" if tried else "none is possible")
         )
     return replace(best, tried=tuple(tried))
 
 
-def _at(
+def _measured(
     model: PreTrainedModel,
     config: CompressionConfig,
     statistics: Statistics | None,
     keep: float,
     profile: Profile | None,
-) -> tuple[PreTrainedModel, CompressionReport]:
+    measure: Callable[[PreTrainedModel], float],
+) -> Found | None:
+    """A copy of the model at a budget, and its measurement; None where the budget is below the least possible."""
     budget = {kind: keep if kind == "keep" else None for kind in BUDGETS}
     settings = replace(config, **budget)  # type: ignore[arg-type]
-    return compress(copy.deepcopy(model), settings, statistics, progress=False, profile=profile)
+    try:
+        candidate = compress(copy.deepcopy(model), settings, statistics, progress=False, profile=profile)
+    except ImpossibleBudget:
+        return None
+    return Found(*candidate, agreed(measure(candidate[0])), ())
