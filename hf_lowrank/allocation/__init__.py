@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING
 from hf_lowrank.jobs.imports import lazily
 
 if TYPE_CHECKING:
-    from hf_lowrank.allocation.budget import BUDGETS, Budget, ImpossibleBudget, parse_count
+    from hf_lowrank.allocation.budget import BUDGETS, AlreadySmaller, Budget, ImpossibleBudget, parse_count
     from hf_lowrank.allocation.choices import Ranks
     from hf_lowrank.allocation.costs import minimal_parameters, parameters, parameters_at, saves_parameters
-    from hf_lowrank.allocation.ranks import Profile, allocate, check_budget, uniform_ranks
+    from hf_lowrank.allocation.ranks import Profile, allocate, check_budget, ranks_below, uniform_ranks
     from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
     from hf_lowrank.allocation.spread import Spread
 
 __all__ = [
     "ALLOCATIONS",
     "BUDGETS",
+    "AlreadySmaller",
     "Budget",
     "ImpossibleBudget",
     "Profile",
@@ -27,6 +28,7 @@ __all__ = [
     "parameters",
     "parameters_at",
     "parse_count",
+    "ranks_below",
     "saves_parameters",
     "uniform_ranks",
 ]
@@ -36,6 +38,7 @@ __getattr__ = lazily(
     {
         "ALLOCATIONS": "rules",
         "BUDGETS": "budget",
+        "AlreadySmaller": "budget",
         "Budget": "budget",
         "ImpossibleBudget": "budget",
         "Profile": "ranks",
@@ -48,6 +51,7 @@ __getattr__ = lazily(
         "parameters": "costs",
         "parameters_at": "costs",
         "parse_count": "budget",
+        "ranks_below": "ranks",
         "saves_parameters": "costs",
         "uniform_ranks": "ranks",
     },

@@ -22,7 +22,11 @@ BUDGETS = {
 
 
 class ImpossibleBudget(LowRankError):
-    """No ranks meet the budget, or every layer could stay dense."""
+    """No ranks meet the budget, or every layer could stay as it is."""
+
+
+class AlreadySmaller(ImpossibleBudget):
+    """A model that was compressed before is within the budget."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,13 @@ class Limit:
     shown: Callable[[float], float]
 
 
-def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, probe: "torch.Tensor") -> Limit:
+def limit_of(
+    budget: Budget, shapes: Iterable[Shape], model_parameters: int, others: float, probe: "torch.Tensor"
+) -> Limit:
     """What a budget other than a rank ratio allows layers of these shapes.
 
-    `probe` is any weight of the model: latency is measured in its dtype on its device.
+    `model_parameters` are those of the dense model, `others` those that the model has besides these layers. `probe` is
+    any weight of the model: latency is measured in its dtype on its device.
     """
     shapes = list(shapes)
     dense = sum(parameters(shape, None) for shape in shapes)
@@ -69,7 +76,6 @@ def limit_of(budget: Budget, shapes: Iterable[Shape], model_parameters: int, pro
         return Limit(budget.value * whole, cost, lambda total: total / whole)
     if budget.kind == "keep":
         return Limit(budget.value * dense, parameters, lambda total: total / dense)
-    others = model_parameters - dense
     scale = model_parameters if budget.kind == "keep_model" else 1
     return Limit(budget.value * scale - others, parameters, lambda total: (total + others) / scale)
 

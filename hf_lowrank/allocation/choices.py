@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from hf_lowrank.allocation.costs import Cost, Shape
 
-Ranks = dict[str, int | None]  # None: the layer stays dense
+Ranks = dict[str, int | None]  # None: the layer stays as it is, dense or at the rank it has
 
 
 @dataclass(frozen=True)
 class Choices:
-    """One layer: its ranks, ascending, with what they cost and lose; the last is None, dense, unless a cap forbids it.
+    """One layer: its ranks, ascending, with what they cost and lose; the last is None, unless a cap forbids it.
 
-    `costs` never fall along the list and `losses`, where an allocation has any, never rise; dense loses nothing.
+    None stands for the layer as it is, dense or factorized at a larger rank, which loses nothing. `costs` never fall
+    along the list and `losses`, where an allocation has any, never rise.
     `spectrum` is what each direction of the weight contributes to them.
     """
 
@@ -23,7 +24,7 @@ class Choices:
     spectrum: tuple[float, ...] = ()
 
     def at_most(self, rank: float) -> int:
-        """The index of the largest choice of at most this rank, or the first; dense only where nothing else is left."""
+        """The index of the largest choice of at most this rank, or the first; None only where nothing else is left."""
         fitting = [n for n, own in enumerate(self.ranks) if own is not None and own <= rank]
         return fitting[-1] if fitting else 0
 
@@ -35,21 +36,23 @@ def layer_choices(
     least: float = 0,
     most: float = float("inf"),
     spectrum: Sequence[float] | None = None,
+    kept: float | None = None,
 ) -> Choices:
-    """The `candidates` from `least` to `most` that cost less than the dense layer, and the dense layer itself.
+    """The `candidates` from `least` to `most` that cost less than the layer as it is, and the layer as it is.
 
     Candidates are ascending ranks, all unless given; where none is within the bounds, the next below `most` is taken,
-    and without any that cost less the layer stays dense.
+    and without any that cost less the layer stays as it is.
     `spectrum` [min(out, in)] is what discarding each direction adds to the loss, largest first: a rank loses the sum
-    of those beyond it. `most` below break-even forbids the dense layer too.
+    of those beyond it. `most` below the largest of them forbids keeping the layer too. `kept` is what it costs now,
+    dense unless given.
     """
-    dense = cost(shape, None)
+    kept = cost(shape, None) if kept is None else kept
     candidates = range(1, min(shape) + 1) if candidates is None else candidates
-    saving = [r for r in candidates if cost(shape, r) < dense]
+    saving = [r for r in candidates if cost(shape, r) < kept]
     allowed = [r for r in saving if least <= r <= most] or [r for r in saving if r <= most][-1:] or saving[:1]
     capped = bool(saving) and most < saving[-1]
     ranks: tuple[int | None, ...] = (*allowed,) if capped else (*allowed, None)
-    costs = tuple(cost(shape, rank) for rank in ranks)
+    costs = tuple(kept if rank is None else cost(shape, rank) for rank in ranks)
     if spectrum is None:
         return Choices(shape, ranks, costs)
     tails = [0.0]

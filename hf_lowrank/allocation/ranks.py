@@ -1,20 +1,20 @@
 """A budget, spread over the targeted layers by an allocation within bounds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.allocation.budget import Budget, ImpossibleBudget, Limit, check_range, limit_of
+from hf_lowrank.allocation.budget import AlreadySmaller, Budget, ImpossibleBudget, Limit, check_range, limit_of
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
-from hf_lowrank.allocation.costs import Shape, in_interpolative_form, parameters, parameters_at
+from hf_lowrank.allocation.costs import Cost, Shape, flops, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.layer_names import is_expert_layer
-from hf_lowrank.model.targets import weight_shape
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, dense_weight
+from hf_lowrank.model.targets import rank_of, weight_shape
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, is_convolution
 
 Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank
 
@@ -27,23 +27,28 @@ def allocate(
     spectrum: Callable[[str], Tensor] | None = None,
     profile: Profile | None = None,
     form: str = "factors",
+    saved: int = 0,
 ) -> Ranks:
-    """The rank of every target, None where it stays dense, that together cost no more than the budget.
+    """The rank of every target, None where it stays as it is, that together cost no more than the budget.
+
+    A target that is factorized already may get any rank below its own, or stays as it is at what it costs now. Budgets
+    count against the dense model that it was.
 
     Args:
-        model_parameters: those of the whole model, targets included.
+        model_parameters: those of the whole dense model, targets included.
         spectrum: name → what discarding each direction adds to the loss, largest first; for allocations that ask it.
         profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.compression.profiling`).
         form: that of the factorized layers, which decides what a rank costs. A rank ratio stands for what plain factors
             of it cost, so that another form gets larger ranks for the same number of parameters.
+        saved: parameters by which the model is smaller already than the dense one.
 
     Raises:
-        LowRankError: the budget is below the least possible or above the dense size, or the profile is missing.
+        LowRankError: the budget is below the least possible or above the present size, or the profile is missing.
     """
     _refuse_convolutions(targets, budget)
     _refuse_routed(targets, budget)
     rule = get_allocation(spread.allocation)
-    limit, plain = _limited(targets, model_parameters, budget, spread, form)
+    limit, plain = _limited(targets, model_parameters, budget, spread, form, saved)
     total = max(limit.total, cheapest(plain))  # but for rounding
     chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
     if rule.losses != "none":
@@ -69,7 +74,12 @@ def uniform_ranks(shapes: dict[str, Shape], rank_ratio: float) -> dict[str, int]
 
 
 def check_budget(
-    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str = "factors"
+    targets: dict[str, nn.Module],
+    model_parameters: int,
+    budget: Budget,
+    spread: Spread,
+    form: str = "factors",
+    saved: int = 0,
 ) -> None:
     """Raise where no ranks meet the budget, before anything is measured for it. Arguments as in `allocate`.
 
@@ -79,11 +89,11 @@ def check_budget(
     _refuse_convolutions(targets, budget)
     _refuse_routed(targets, budget)
     if budget.kind != "latency":  # that takes a measurement itself
-        _limited(targets, model_parameters, budget, spread, form)
+        _limited(targets, model_parameters, budget, spread, form, saved)
 
 
 def _refuse_convolutions(targets: dict[str, nn.Module], budget: Budget) -> None:
-    convolution = next((name for name, module in targets.items() if isinstance(module, CONVOLUTIONS)), None)
+    convolution = next((name for name, module in targets.items() if is_convolution(module)), None)
     if convolution is not None and budget.kind in ("flops", "latency"):
         raise LowRankError(
             f"{convolution}: what a convolution costs depends on the size of its input, which the budget {budget.kind} "
@@ -102,14 +112,29 @@ def _refuse_routed(targets: dict[str, nn.Module], budget: Budget) -> None:
 
 
 def _limited(
-    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str
+    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str, saved: int
 ) -> tuple[Limit, dict[str, Choices]]:
     """What all layers may cost together, and what each may choose from, bounds apart."""
     shapes = {name: weight_shape(module) for name, module in targets.items()}
-    limit = _limit(budget, shapes, model_parameters, dense_weight(next(iter(targets.values()))))
+    others = model_parameters - saved - sum(_kept_cost(module, parameters, "factors") for module in targets.values())
+    limit = _limit(budget, shapes, model_parameters, others, next(iter(next(iter(targets.values())).parameters())))
     if form == "interpolative":
         limit = replace(limit, cost=in_interpolative_form(limit.cost))
-    plain = {name: layer_choices(shape, limit.cost, spread.ranks(shape)) for name, shape in shapes.items()}
+    plain = {
+        name: layer_choices(
+            shapes[name], limit.cost, ranks_below(module, spread), kept=_kept_cost(module, limit.cost, form)
+        )
+        for name, module in targets.items()
+    }
+    if budget.kind == "rank_ratio" and spread.allocation == "uniform":  # what has fewer ranks leaves none to others
+        ranks = uniform_ranks(shapes, budget.value)
+        each = {name: parameters_at(shape, ranks[name]) for name, shape in shapes.items()}
+        limit = replace(limit, total=sum(min(each[name], plain[name].costs[-1]) for name in plain))
+    if any(rank_of(module) for module in targets.values()) and limit.total >= dearest(plain) * (1 - 1e-9):
+        raise AlreadySmaller(
+            f"{budget.kind} {budget.value:g} would leave every layer as it is: the model was compressed before, and "
+            "budgets count against the dense model that it was; give less"
+        )
     if budget.kind != "rank_ratio":
         check_range(budget, limit, cheapest(plain), dearest(plain))
     elif limit.total < cheapest(plain) * (1 - 1e-9):
@@ -121,9 +146,25 @@ def _limited(
     return limit, plain
 
 
-def _limit(budget: Budget, shapes: dict[str, Shape], model_parameters: int, probe: torch.Tensor) -> Limit:
+def _kept_cost(module: nn.Module, cost: Cost, form: str) -> float:
+    """What a layer costs that stays as it is: in the form that is asked for where that costs no more."""
+    rank, shape = rank_of(module), weight_shape(module)
+    if isinstance(module, LowRankLinear) and module.form == "interpolative" != form and cost in (parameters, flops):
+        cost = in_interpolative_form(cost)
+    return cost(shape, rank)
+
+
+def ranks_below(module: nn.Module, spread: Spread) -> Sequence[int]:
+    """The ranks that a layer may get, all below its own."""
+    rank = rank_of(module)
+    return [allowed for allowed in spread.ranks(weight_shape(module)) if rank is None or allowed < rank]
+
+
+def _limit(
+    budget: Budget, shapes: dict[str, Shape], model_parameters: int, others: float, probe: torch.Tensor
+) -> Limit:
     if budget.kind != "rank_ratio":
-        return limit_of(budget, shapes.values(), model_parameters, probe)
+        return limit_of(budget, shapes.values(), model_parameters, others, probe)
     ranks = uniform_ranks(shapes, budget.value)
     total = sum(parameters_at(shape, ranks[name]) for name, shape in shapes.items())
     return Limit(total, parameters, lambda total: total)
@@ -138,11 +179,11 @@ def _bounded(
     name: str,
 ) -> Choices:
     """The choices of a layer with their losses, between the floor and the cap around its uniform rank."""
-    break_even = max((rank for rank in each.ranks if rank is not None), default=1)
-    around = break_even if uniform is None else uniform
+    saving = [rank for rank in each.ranks if rank is not None]
+    around = max(saving, default=1) if uniform is None else uniform
     least, most = spread.floor * around, spread.cap * around
     values = None if spectrum is None else spectrum(name).tolist()
-    return layer_choices(each.shape, limit.cost, spread.ranks(each.shape), least, most, values)
+    return layer_choices(each.shape, limit.cost, saving, least, most, values, kept=each.costs[-1])
 
 
 def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:

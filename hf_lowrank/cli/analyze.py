@@ -67,7 +67,9 @@ def analyze_command(
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
 
     from hf_lowrank.cli.facts import origin, public_name
+    from hf_lowrank.folder.densify import densify
     from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.nn.modeling_lowrank import LowRankMixin
     from hf_lowrank.statistics import compute_statistics
     from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
     from hf_lowrank.studies.plots.report import JOURNAL, prepare_folder, save_analysis
@@ -86,6 +88,8 @@ def analyze_command(
     )
     prepare_folder(output, overwrite)
     loaded, tokenizer = load_model(model, the_task)
+    if isinstance(loaded, LowRankMixin):  # whole weights are changed, and sizes are those of the dense model
+        loaded = densify(loaded)
     validation = load_validation(the_task, data_dir, tokenizer, loaded.config)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
     source = origin(model, the_task, data_dir, seed)

@@ -111,11 +111,11 @@ def compress_command(
 
     from accelerate import PartialState
 
-    from hf_lowrank.allocation import check_budget
     from hf_lowrank.cli.facts import origin, public_name, versions
     from hf_lowrank.cli.smallest import measured_profile, smallest
     from hf_lowrank.cli.work import check_memory, open_work, refuse_output
-    from hf_lowrank.compression.compress import checked_targets, compress
+    from hf_lowrank.compression.compress import check_possible, compress
+    from hf_lowrank.folder.earlier import of_original
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
     from hf_lowrank.folder.loading import load_model, stored_dtype
     from hf_lowrank.folder.saving import add_facts, save_compressed
@@ -131,9 +131,7 @@ def compress_command(
         refuse_without_token()  # before the work, not after it
     memory, sums_at = check_memory(model, the_task, config.needs, config.include, config.exclude, batch_size)
     loaded, tokenizer = load_model(model, the_task)
-    targets = checked_targets(loaded, config)
-    check_budget(targets, loaded.num_parameters(), config.budget, config.spread, config.form)
-    del targets  # which would keep replaced layers
+    check_possible(loaded, config)
     facts: dict[str, Any] = {"base_model": public_name(model), "task": the_task.name, "versions": versions()}
     facts["memory"] = memory
     facts["data"] = origin(model, the_task, data_dir, seed)["data"]
@@ -168,6 +166,7 @@ def compress_command(
         loaded, report = compress(loaded, config, measured, work=work, profile=profile)
     if PartialState().is_main_process:
         work.mark_saving()
+        report, facts = of_original(report, facts, loaded.name_or_path)
         save_compressed(loaded, tokenizer, report, output, replace, stored_dtype(model), **facts)
         if score:  # as a user gets it: loaded back
             metrics, scored_on = evaluate_described(*load_model(str(output), the_task), the_task, data_dir)
@@ -181,8 +180,9 @@ def compress_command(
             return print_json({**facts, "output": str(output), **report.to_dict()})
         console.print(report)
         if score:
+            before = "given" if "score_given" in facts else "dense"
             console.print(
-                f"{the_task.score} {facts['score_dense']:.2f} dense → {facts['score_compressed']:.2f} compressed"
+                f"{the_task.score} {facts[f'score_{before}']:.2f} {before} → {facts['score_compressed']:.2f} compressed"
             )
         if push_to_hub is not None:
             console.print(f"pushed to {push_to_hub}: {facts['address']}", highlight=False)

@@ -18,6 +18,7 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what was factorized in a saved model, at which ranks, and what it cost."""
+    from hf_lowrank.compression.report import described
     from hf_lowrank.folder.inspect import inspect, ranks_table
     from hf_lowrank.folder.picture import ranks_figure
     from hf_lowrank.folder.style import save_png
@@ -32,8 +33,10 @@ def inspect_command(
     share = facts["parameters"] / facts["parameters_dense"]
     console.print(f"{facts['parameters']:,} parameters, {share:.1%} of the dense model's {facts['parameters_dense']:,}")
     if record := facts["record"]:
+        for step in record.get("earlier", ()):
+            console.print(described(step))
         console.print(
-            f"made from {record['base_model']} for {record['task']} by {record['settings']['method']}, "
+            f"made from {record['base_model'] or 'a model'} for {record['task']} by {record['settings']['method']}, "
             f"{_budget(record['settings'])}, ranks {record['settings']['allocation']}"
         )
     console.print(ranks_table(facts["layers"]))

@@ -8,19 +8,25 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import Profile, Ranks, allocate
+from hf_lowrank.allocation import Profile, Ranks, allocate, check_budget
 from hf_lowrank.compression.config import CompressionConfig
-from hf_lowrank.compression.forms import to_form
+from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.report import CompressionReport, LayerReport
-from hf_lowrank.compression.solution import LayerSolver
+from hf_lowrank.compression.solution import LayerSolver, kept_report
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.targets import check_weights, find_targets, weight_shape
+from hf_lowrank.model.targets import (
+    check_weights,
+    dense_parameters,
+    factorized_layers,
+    find_targets,
+    weight_shape,
+)
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.nn.layers_lowrank import LowRankLinear, is_convolution, is_embedding
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
@@ -38,6 +44,11 @@ def compress(
 
     Peak memory is the model, the statistics and one layer's workspace. All input is checked before anything is edited;
     should it be interrupted all the same, the model is whole, with some of its layers still dense.
+
+    A model that was compressed before is compressed further: the factors of a layer are multiplied out, one layer at a
+    time, and factorized again at a smaller rank, or stay as they are. Budgets and the report count against the dense
+    model that it was; errors and the expected loss are those of this step. All layers come out in `config.form`, apart
+    from those that stay as they are and would become larger by it.
 
     Args:
         model: any transformers model; nothing but its targeted linears changes.
@@ -57,13 +68,14 @@ def compress(
     model = unwrapped(model)
     targets = checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
-    before, started = model.num_parameters(), time.perf_counter()
+    before, now, started = dense_parameters(model), model.num_parameters(), time.perf_counter()
+    earlier = earlier_steps(model)
     left = unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
 
     def decide() -> Ranks:
         weighed = {name: module for name, module in targets.items() if name not in left}
-        return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form)
+        return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form, before - now)
 
     decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
@@ -77,7 +89,10 @@ def compress(
     if statistics is not None and config.needs:
         described = {"samples": statistics.samples, "origin": statistics.origin}
     seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
-    report = CompressionReport(asdict(config), before, model.num_parameters(), seconds, ordered, described)
+    rest = tuple(kept_report(name, layer) for name, layer in factorized_layers(model).items() if name not in layers)
+    report = CompressionReport(
+        asdict(config), before, model.num_parameters(), seconds, ordered, described, earlier, untouched=rest
+    )
     model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
     return model, report
 
@@ -95,11 +110,42 @@ def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[s
         )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
-    if config.form != "factors" and any(isinstance(m, (nn.Embedding, *CONVOLUTIONS)) for m in targets.values()):
+    if config.form != "factors" and any(is_embedding(m) or is_convolution(m) for m in targets.values()):
         raise LowRankError(
             f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
         )
     return targets
+
+
+def check_possible(model: PreTrainedModel, config: CompressionConfig) -> None:
+    """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
+
+    Raises:
+        LowRankError: as `checked_targets` and `check_budget`.
+    """
+    targets, before = checked_targets(model, config), dense_parameters(model)
+    saved = before - model.num_parameters()
+    check_budget(targets, before, config.budget, config.spread, config.form, saved)
+
+
+def present_share(model: PreTrainedModel, config: CompressionConfig, statistics: Statistics | None) -> float:
+    """What the layers that a budget counts cost now, as a share of what they cost dense: 1, unless compressed before.
+
+    Raises:
+        LowRankError: as `checked_targets` and `unreached`.
+    """
+    targets = checked_targets(model, config)
+    left = unreached(targets, statistics)
+    reports = [kept_report(name, layer) for name, layer in targets.items() if name not in left]
+    return sum(report.parameters_after for report in reports) / sum(report.parameters_before for report in reports)
+
+
+def earlier_steps(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
+    """What is known of earlier compressions of a model: of one in another process only how small it became."""
+    report: CompressionReport | None = getattr(model, "compression_report", None)
+    if report is not None:
+        return (*report.earlier, report.step())
+    return ({"parameters_after": model.num_parameters()},) if factorized_layers(model) else ()
 
 
 def unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
@@ -123,7 +169,7 @@ def _replace_layers(
 ) -> dict[str, LayerReport]:
     """Put factors in the place of every layer that has a rank; each process solves its share."""
     targets = solver.targets
-    layers = {name: solver.dense(name) for name, rank in ranks.items() if rank is None}
+    layers = {name: kept_report(name, targets[name]) for name, rank in ranks.items() if rank is None}
     costs = {name: estimated_cost(weight_shape(targets[name])) for name in ranks if name not in layers}
 
     def solve(name: str) -> Result:
@@ -137,12 +183,13 @@ def _replace_layers(
             layers[name] = LayerReport.from_dict(facts)
             shown.update()
     restack_experts(model)
-    if config.form != "factors":
-        to_form(model, config.form)
-        low_rank_model: Any = model
-        for name, layer in low_rank_model.factorized_layers().items():
-            if name in costs:
-                layers[name] = replace(layers[name], parameters_after=layer.num_parameters())
+    for name in ranks:
+        layer: Any = model.get_submodule(name)
+        if isinstance(layer, LowRankLinear) and layer.form != config.form:
+            changed = converted(layer, config.form)
+            if changed.num_parameters() <= layer.num_parameters():
+                replace_module(model, name, changed)
+                layers[name] = replace(layers[name], parameters_after=changed.num_parameters())
     return layers
 
 

@@ -16,7 +16,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import find_targets, weight_shape
 from hf_lowrank.nn.experts_lowrank import unstacked_names
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.nn.layers_lowrank import is_convolution, is_embedding
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
 from hf_lowrank.statistics.names import ALTERNATING, passes
 from hf_lowrank.tasks import Task
@@ -70,9 +70,9 @@ def estimate_memory(
     shares = _routed_shares(model)
     width = sum(_width(module) * shares.get(name, 1.0) for name, module in targets.items())
     activations = round(tokens * (2 * size * width + 3 * 4 * vocabulary))
-    patches = 4 * tokens * max((weight_shape(m)[1] for m in targets.values() if isinstance(m, CONVOLUTIONS)), default=0)
+    patches = 4 * tokens * max((weight_shape(m)[1] for m in targets.values() if is_convolution(m)), default=0)
     gradient = 2 * 4 * max(map(prod, shapes)) if kinds else 0
-    solving = max(factorization_bytes(weight_shape(m), isinstance(m, nn.Embedding)) for m in targets.values())
+    solving = max(factorization_bytes(weight_shape(m), is_embedding(m)) for m in targets.values())
     workspace = max(activations + gradient + patches, solving)
     return MemoryEstimate(
         _bytes(model.parameters()) + _bytes(model.buffers()), statistics_bytes(targets, kinds), workspace
@@ -87,7 +87,7 @@ def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int
         for name, module in targets.items():
             _, in_features = weight_shape(module)
             beside, _, last = name.rpartition(".")
-            may_share = KINDS[kind].of_input and not isinstance(module, CONVOLUTIONS)
+            may_share = KINDS[kind].of_input and not is_convolution(module)
             key = (beside, in_features) if may_share and not last.isdigit() else name  # each expert has its own tokens
             sums[key] = 4 * prod(sum_shape(kind, module))
         total += sum(sums.values()) * (2 if kind in ALTERNATING else 1)
@@ -106,7 +106,8 @@ def _routed_shares(model: PreTrainedModel) -> dict[str, float]:
 def _width(module: nn.Module) -> int:
     """The numbers that a layer reads and gives for one token or position."""
     out_features, in_features = weight_shape(module)
-    return out_features + (module.in_channels if isinstance(module, CONVOLUTIONS) else in_features)
+    channels: Any = module.in_channels if is_convolution(module) else in_features
+    return out_features + channels
 
 
 def factorization_bytes(shape: tuple[int, int], embedding: bool = False) -> int:

@@ -8,7 +8,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import Profile, saves_parameters
+from hf_lowrank.allocation import Profile, ranks_below, saves_parameters
 from hf_lowrank.compression.compress import layer_solver
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
@@ -48,7 +48,7 @@ def profile_losses(
     targets = find_targets(model, config.include, config.exclude)
     solver = layer_solver(targets, config, statistics)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
-    ranks = {name: _ranks(shape, ratios, config.spread.ranks(shape)) for name, shape in shapes.items()}
+    ranks = {name: _ranks(shape, ratios, ranks_below(targets[name], config.spread)) for name, shape in shapes.items()}
     profile: Profile = {name: {} for name in targets}
     with unstacked(model, targets), bar("profiling", sum(map(len, ranks.values())), "ranks", progress) as shown:
         losses = sample_losses_of(model, batches)

@@ -7,12 +7,15 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from hf_lowrank.allocation.budget import BUDGETS
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One targeted layer. `rank` is None where it stayed dense, and `note` then says why.
+    """One targeted layer. `rank` is None where it stayed dense; `note` says why a layer stayed as it was.
 
-    `relative_error` is ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, 0 where dense.
+    `parameters_before` are those of the dense layer, also where it was factorized before. `relative_error` is
+    ‖W − UD‖ / ‖W‖ and `weighted_error` the same under the method's own importance, 0 where it stayed as it was.
     `expected_loss` is what the change is expected to add to the loss, to second order; None where the statistics do not
     tell. `trace` is the objective after every iteration, for methods that iterate. `fisher_cosine` is how close a
     method's Kronecker product comes to the Fisher information of whole samples (see `Statistics.fisher_cosine`).
@@ -40,7 +43,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """A compression: its settings, the whole model's parameters before and after, and every targeted layer."""
+    """A compression: its settings, the whole model's parameters before and after, and every targeted layer.
+
+    Before is the dense model, also where this was not the first compression: `earlier` has what is known of those
+    before it, the first one first, and `untouched` the layers that they factorized and this one did not target.
+    """
 
     settings: dict[str, Any]
     parameters_before: int
@@ -48,6 +55,8 @@ class CompressionReport:
     seconds: float
     layers: tuple[LayerReport, ...]
     statistics: dict[str, Any] = field(default_factory=dict)
+    earlier: tuple[dict[str, Any], ...] = ()
+    untouched: tuple[LayerReport, ...] = ()
 
     @property
     def targeted_before(self) -> int:
@@ -78,17 +87,28 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":
         """The report that `to_dict` was called on."""
-        layers = tuple(LayerReport.from_dict(layer) for layer in record["layers"])
+        layers, rest = (
+            [LayerReport.from_dict(layer) for layer in record.get(key, ())] for key in ("layers", "untouched")
+        )
         kept = ("settings", "parameters_before", "parameters_after", "seconds", "statistics")
-        return cls(**{key: record[key] for key in kept}, layers=layers)
+        earlier = tuple(record.get("earlier", ()))
+        return cls(**{key: record[key] for key in kept}, layers=tuple(layers), earlier=earlier, untouched=tuple(rest))
+
+    def step(self) -> dict[str, Any]:
+        """What a further compression keeps of this one."""
+        facts = {"settings": self.settings, "parameters_after": self.parameters_after, "statistics": self.statistics}
+        return {key: value for key, value in facts.items() if value}
 
     def summary(self) -> str:
         """The totals in a few lines."""
         dense = sum(layer.rank is None for layer in self.layers)
+        stay = sum(layer.rank is not None and bool(layer.note) for layer in self.layers)
+        kept = f"{stay} left at the rank they had, " if stay else ""
         expected = "" if self.expected_loss is None else f"\nexpected loss increase {self.expected_loss:.4g}"
+        before = "".join(f"{described(step)}\n" for step in self.earlier)
         return (
-            f"{len(self.ranks)} layers factorized by {self.settings.get('method')}, {dense} left dense, "
-            f"in {self.seconds:.1f} s\n"
+            f"{before}{len(self.ranks) - stay} layers factorized by {self.settings.get('method')}, {kept}"
+            f"{dense} left dense, in {self.seconds:.1f} s\n"
             f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
             f"({_share(self.targeted_after, self.targeted_before)})\n"
             f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
@@ -113,9 +133,7 @@ class CompressionReport:
             rank = str(layer.rank) if layer.rank is not None else "dense"
             size = f"{layer.parameters_before:,} → {layer.parameters_after:,}"
             errors = (
-                (f"{layer.relative_error:.4f}", f"{layer.weighted_error:.4f}")
-                if layer.rank is not None
-                else (layer.note, "")
+                (f"{layer.relative_error:.4f}", f"{layer.weighted_error:.4f}") if not layer.note else (layer.note, "")
             )
             table.add_row(
                 layer.name, f"{layer.out_features} × {layer.in_features}", rank, size, *errors, f"{layer.seconds:.2f}"
@@ -128,6 +146,19 @@ class CompressionReport:
         with console.capture() as captured:
             console.print(self)
         return captured.get()
+
+
+def described(step: dict[str, Any]) -> str:
+    """An earlier compression in a few words, from what its record says.
+
+    >>> described({"settings": {"method": "kfac", "keep": 0.5}, "parameters_after": 2_500_000})
+    'compressed before by kfac, keep 0.5, to 2.50M parameters'
+    """
+    settings = step.get("settings", {})
+    budget = [f"{kind} {settings[kind]}" for kind in BUDGETS if settings.get(kind) is not None]
+    tuned = " and fine-tuned" if "finetuning" in step else ""
+    made = ", ".join(["before" + (f" by {settings['method']}" if settings else ""), *budget])
+    return f"compressed {made}, to {_count(step['parameters_after'])} parameters{tuned}"
 
 
 def _count(parameters: int) -> str:

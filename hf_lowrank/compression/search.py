@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile
-from hf_lowrank.compression.compress import compress
+from hf_lowrank.allocation import BUDGETS, AlreadySmaller, ImpossibleBudget, Profile
+from hf_lowrank.compression.compress import compress, present_share
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.errors import LowRankError
@@ -15,8 +15,8 @@ from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
 
-# The search begins with the largest budget below 1, and ends when the budget is known, to this share of the targeted
-# parameters.
+# The search begins with the largest budget below what the model has, and ends when the budget is known, to this share
+# of the targeted parameters.
 RESOLUTION = 0.01
 
 
@@ -46,14 +46,18 @@ def search_smallest(
     first, and the search ends where it is not accepted.
 
     Raises:
-        LowRankError: nothing smaller than the dense model is accepted; the message says what came nearest.
+        LowRankError: nothing smaller than the model is accepted; the message says what came nearest.
     """
-    low, high, best = 0.0, 1.0, None
-    keep = 1 - RESOLUTION
+    low, high, best = 0.0, present_share(model, config, statistics), None
+    keep = high - RESOLUTION
     tried: list[tuple[float, float]] = []
     with bar("searching", None, "models", progress) as shown:
         while high - low > RESOLUTION * (1 + 1e-9):
-            found = _measured(model, config, statistics, keep, profile, measure)
+            try:
+                found = _measured(model, config, statistics, keep, profile, measure)
+            except AlreadySmaller:  # by its form alone
+                high, keep = keep, (low + keep) / 2
+                continue
             if found is not None:
                 tried.append((keep, found.measured))
                 shown.set_postfix_str(f"keep {keep:.3f}: {found.measured:.4g}")
@@ -84,6 +88,8 @@ def _measured(
     settings = replace(config, **budget)  # type: ignore[arg-type]
     try:
         candidate = compress(copy.deepcopy(model), settings, statistics, progress=False, profile=profile)
+    except AlreadySmaller:
+        raise
     except ImpossibleBudget:
         return None
     return Found(*candidate, agreed(measure(candidate[0])), ())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_lowrank.allocation import parameters
 from hf_lowrank.compression.report import LayerReport
-from hf_lowrank.model.targets import weight_shape
+from hf_lowrank.model.targets import rank_of, weight_shape
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
@@ -25,10 +25,17 @@ class LayerSolver:
     optimizer: str | None = None
 
     def spectrum(self, name: str) -> Tensor:
-        """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first."""
+        """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first.
+
+        A layer that is factorized already has as many as its rank, and 0 for the rest.
+        """
         weight = self._weight(name)
         objective = self._objective(name, weight.device)
-        return objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
+        spectrum = objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
+        rank = rank_of(self.targets[name])
+        if rank is not None:
+            spectrum[rank:] = 0  # but for rounding
+        return spectrum
 
     @torch.no_grad()
     def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:
@@ -59,12 +66,6 @@ class LayerSolver:
             fisher_cosine=self._fisher_cosine(name),
         )
 
-    def dense(self, name: str) -> LayerReport:
-        """The report of a layer that stays as it is."""
-        shape = weight_shape(self.targets[name])
-        size = parameters(shape, None)
-        return LayerReport(name, *shape, None, size, size, note="factors save nothing")
-
     def _weight(self, name: str) -> Tensor:
         weight = whole_weight(self.targets[name])
         return weight.to(solving_device(weight)).float()
@@ -91,6 +92,15 @@ class LayerSolver:
         if self.statistics is None or "fisher_sketch" not in self.method.needs:
             return None
         return self.statistics.fisher_cosine(name)
+
+
+def kept_report(name: str, layer: nn.Module) -> LayerReport:
+    """The report of a layer that stays as it is."""
+    shape, rank = weight_shape(layer), rank_of(layer)
+    size = parameters(shape, None)
+    if not isinstance(layer, LowRankLayer):
+        return LayerReport(name, *shape, None, size, size, note="factors save nothing")
+    return LayerReport(name, *shape, rank, size, layer.num_parameters(), note="stays at its rank")
 
 
 def _root_ratio(error: Tensor, whole: Tensor) -> float:

@@ -10,6 +10,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 from transformers.utils.hub import cached_file
 from yaml import YAMLError
 
+from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.facts import public_name, versions
@@ -53,7 +54,8 @@ def render_card(record: Record, name: str) -> str:
         "record": record,
         "method": METHODS.get(record["settings"]["method"]),
         "settings": {key: value for key, value in record["settings"].items() if key != "method" and value is not None},
-        "factorized": [layer for layer in record["layers"] if layer["rank"] is not None],
+        "factorized": [layer for layer in _all_layers(record) if layer["rank"] is not None],
+        "earlier": [described(step) for step in record.get("earlier", ())],
         "picture": PICTURE if _is_drawn(record) else None,
         "rows": _rows(record),
         "columns": _columns(record),
@@ -70,7 +72,7 @@ def write_card(folder: str | Path, record: Record, name: str) -> None:
     from hf_lowrank.folder.style import save_png
 
     if _is_drawn(record):
-        save_png(ranks_figure({layer["name"]: _drawn(layer) for layer in record["layers"]}), Path(folder) / PICTURE)
+        save_png(ranks_figure({layer["name"]: _drawn(layer) for layer in _all_layers(record)}), Path(folder) / PICTURE)
     write_text(Path(folder) / CARD, render_card(record, name))
 
 
@@ -100,11 +102,11 @@ def base_facts(name: str) -> Record:
 
     What cannot be found out is left out.
     """
-    config = name and _stored(name, "config.json")
+    config = name and stored(name, "config.json")
     if not config:
         return {}
     facts: Record = {"on_hub": not Path(name).is_dir(), "weights_bytes": weights_bytes(Path(config).parent)}
-    if card := _stored(name, CARD):
+    if card := stored(name, CARD):
         with suppress(ValueError, YAMLError):  # a card whose metadata cannot be read says nothing
             data = ModelCard.load(Path(card), ignore_metadata_errors=True).data.to_dict()
             facts |= {key: data[key] for key in INHERITED if data.get(key)}
@@ -116,7 +118,8 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
-def _stored(name: str, file: str) -> str | None:
+def stored(name: str, file: str) -> str | None:
+    """Where a file of a folder or Hub name is on this machine, None where it has none or cannot be reached."""
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     return cached_file(name, file, **{f"_raise_exceptions_for_{kind}": False for kind in kinds})
 
@@ -127,9 +130,14 @@ def _template() -> Path:
     return inside if inside.is_file() else Path(__file__).parents[2] / "model_cards" / TEMPLATE
 
 
+def _all_layers(record: Record) -> list[Record]:
+    """The layers that were targeted, and those that an earlier compression factorized."""
+    return [*record["layers"], *record.get("untouched", ())]
+
+
 def _is_drawn(record: Record) -> bool:
     """Whether there are layers to draw, and not so many (the experts of a large model) that nobody could see them."""
-    return 0 < len(record["layers"]) <= MOST_DRAWN
+    return 0 < len(_all_layers(record)) <= MOST_DRAWN
 
 
 def _drawn(layer: Record) -> Record:

@@ -118,12 +118,14 @@ def _card(folder: Path, repo_id: str) -> str:
 def card_from_report(model: Any, folder: Path, repo_id: str) -> bool:
     """Write the card and the record of a model that was compressed in this process."""
     from hf_lowrank.folder.card import card_facts, weights_bytes, write_card
+    from hf_lowrank.folder.earlier import of_original
 
     report = model.compression_report
     if report is None:
         return False
     tokenizer = (folder / "tokenizer_config.json").is_file()
-    record = {"tokenizer": tokenizer, **card_facts(model), **report.to_dict(), "weights_bytes": weights_bytes(folder)}
+    report, facts = of_original(report, card_facts(model), model.name_or_path)
+    record = {"tokenizer": tokenizer, **facts, **report.to_dict(), "weights_bytes": weights_bytes(folder)}
     write_json(folder / RECORD, record)
     write_card(folder, record, repo_id)
     return True

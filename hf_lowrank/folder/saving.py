@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write_card
+from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.fingerprint import fingerprint
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
 from hf_lowrank.model.checks import refuse_adapter
@@ -28,11 +29,12 @@ def save_compressed(
     """Write the model, its tokenizer and `compression.json` into a new folder, all of it or nothing.
 
     The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in
-    the record.
+    the record. Of a model that came compressed already they are brought to the dense original (see `of_original`).
 
     Raises:
         LowRankError: the folder exists and `overwrite` is off.
     """
+    report, facts = of_original(report, facts, model.name_or_path)
     save_model(model, tokenizer, folder, overwrite, dtype, {**facts, **report.to_dict()})
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -16,7 +17,7 @@ from hf_lowrank.model.checks import check_model
 from hf_lowrank.model.weights import is_sharded, whole_weight
 from hf_lowrank.nn.editing_lowrank import replace_by_identity, tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, unstacked_names
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankLayer, dense_weight
+from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankLayer, dense_weight, is_convolution, is_embedding
 
 PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, in transformers: they only round in another order
 
@@ -30,10 +31,11 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The layers to factorize, by name, a shared layer once, under its first name.
 
-    Without `include` these are the linears inside the transformer blocks; with it, every linear, embedding and
-    convolution of the model that a pattern names (a pooler or a head too only this way). An output layer tied to an
-    embedding goes with it. Never targets are other layers whose weight is tied, subclasses that modelling code made its
-    own, convolutions that are transposed, grouped (depthwise) or have a weight norm, and factors.
+    Without `include` these are the linears inside the transformer blocks, and all layers that are factorized already;
+    with it, every linear, embedding and convolution of the model that a pattern names (a pooler or a head too only this
+    way). An output layer tied to an embedding goes with it. Never targets are other layers whose weight is tied,
+    subclasses that modelling code made its own, convolutions that are transposed, grouped (depthwise) or have a weight
+    norm, and factors on their own.
 
     Every projection of an expert whose weights are stacked is a linear layer, such as `experts.gate_up_proj.3`: a view
     of its slice, which is no module of the model as yet (see `unstacked`).
@@ -43,17 +45,17 @@ def find_targets(
             `check_model`.
     """
     check_model(model)
-    stacked = _stacked_layers(model)
-    candidates = factorizable_linears(model) | stacked
+    stacked, factorized = _stacked_layers(model), factorized_layers(model)
+    candidates = _in_order(model, factorizable_linears(model) | factorized) | stacked
     if include:
         candidates |= _chosen_by_name(model)
     if include and not candidates:
-        raise LowRankError(f"{type(model).__name__} has no linear layer to factorize{_already_factorized(model)}")
+        raise LowRankError(f"{type(model).__name__} has no linear layer to factorize")
     blocks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     if include:
         kept = {name for pattern in include for name in _matches(pattern, candidates)}
     else:
-        kept = {name for name in candidates if name.startswith(blocks)}
+        kept = {name for name in candidates if name in factorized or name.startswith(blocks)}
     dropped = {name for pattern in exclude or () for name in _matches(pattern, candidates)}
     targets = {name: module for name, module in candidates.items() if name in kept - dropped}
     if not targets:
@@ -61,7 +63,6 @@ def find_targets(
         raise LowRankError(
             f"{type(model).__name__} has no linear layer to factorize{'' if include else ' inside of a block'}: "
             f"{len(kept)} were chosen, {len(dropped)} excluded; include chooses by name, from {nameable}"
-            f"{_already_factorized(model)}"
         )
     return targets | _views({name: stacked[name] for name in targets if name in stacked})
 
@@ -85,8 +86,28 @@ def unstacked(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[No
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features) of a linear layer, `Conv1D` included; of a convolution (out, in · kernel sizes)."""
+    if isinstance(module, LowRankLayer):
+        return module.out_features, module.in_features
     out_features, in_features = dense_weight(module).shape
     return out_features, in_features
+
+
+def rank_of(module: nn.Module) -> int | None:
+    """The rank of a layer that is factorized already, None of a dense one."""
+    return module.rank if isinstance(module, LowRankLayer) else None
+
+
+def dense_parameters(model: PreTrainedModel) -> int:
+    """The parameters of a model with every factorized layer dense, as it was before it was compressed."""
+    layers = factorized_layers(model).values()
+    return model.num_parameters() + sum(prod(weight_shape(layer)) - layer.num_parameters() for layer in layers)
+
+
+def factorized_layers(model: nn.Module) -> dict[str, LowRankLayer]:
+    """The layers that are factorized already, by name, those tied to another one apart."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    return {name: layer for name, layer in layers.items() if f"{name}.up.weight" not in ties}
 
 
 def check_weights(targets: dict[str, nn.Module]) -> None:
@@ -145,9 +166,8 @@ def _not_factors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if id(module) not in inside)
 
 
-def _already_factorized(model: nn.Module) -> str:
-    layers = sum(isinstance(module, LowRankLayer) for module in model.modules())
-    return f"; {layers} layers are factorized already, densify the model to choose other ranks" if layers else ""
+def _in_order(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: layers[name] for name, _ in model.named_modules() if name in layers}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -229,8 +249,8 @@ def _counted(layers: dict[str, nn.Module]) -> str:
     >>> _counted({"a": nn.Linear(1, 1), "b": nn.Conv1d(1, 1, 1)})
     '1 linear layer, 1 convolution'
     """
-    embeddings = sum(isinstance(module, nn.Embedding) for module in layers.values())
-    convolutions = sum(isinstance(module, CONVOLUTIONS) for module in layers.values())
+    embeddings = sum(is_embedding(module) for module in layers.values())
+    convolutions = sum(is_convolution(module) for module in layers.values())
     counts = {"linear layer": len(layers) - embeddings - convolutions}
     counts |= {"embedding": embeddings, "convolution": convolutions}
     return ", ".join(f"{n} {kind}{'s' * (n != 1)}" for kind, n in counts.items() if n) or "0 linear layers"

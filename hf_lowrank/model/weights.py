@@ -1,7 +1,7 @@
 """A model, wrapped, sharded or offloaded → its plain module, and the whole weight of each layer wherever it lies."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.model.checks import check_model
-from hf_lowrank.nn.layers_lowrank import dense_weight, layer_class_for
+from hf_lowrank.nn.layers_lowrank import LowRankLayer, dense_weight, layer_class_for
 
 
 def unwrapped(model: Any) -> Any:
@@ -47,11 +47,21 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_weight(module: nn.Module) -> Tensor:
-    """A linear's dense weight [out, in]: read where it is offloaded, gathered where it is sharded, by all."""
+    """A layer's dense weight [out, in]: read where it is offloaded, gathered where it is sharded, by all.
+
+    The factors of one that is factorized are multiplied in float32 at least, now.
+    """
     with readable(module):
-        weight = dense_weight(module).detach()
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if isinstance(module, LowRankLayer):
+            up, down = (_whole(factor.detach()) for factor in module.matrices())
+            wide = torch.promote_types(up.dtype, torch.float32)
+            return up.to(wide) @ down.to(wide)
+        whole = _whole(dense_weight(module).detach())
         return whole.clone() if has_offloaded_params(module) else whole  # which leaves again
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def solving_device(weight: Tensor) -> torch.device:
@@ -65,21 +75,23 @@ def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
     """A low-rank layer of `factors` (`up` and `down`) in place of `linear`: offloaded to main memory if that was."""
     with readable(linear):
         layer = layer_class_for(linear).from_factors(linear, factors["up"], factors["down"])
-    hook: Any = getattr(linear, "_hf_hook", None)
-    if has_offloaded_params(linear):
+    if offloaded := _offloaded_parts(linear):
+        hook: Any = offloaded[0]._hf_hook
         cpu_offload(layer, hook.execution_device)
     return layer
 
 
 def sums_device(module: nn.Module) -> torch.device:
     """Where sums over a linear's tokens are kept: beside its weight, in main memory where that is offloaded."""
-    device = dense_weight(module).device
+    device = next(module.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def digest(module: nn.Module) -> str:
-    """A digest of a linear's weight, the same in float32 and in the half precision it was read from."""
-    return digest_of([whole_weight(module).float()])
+    """A digest of a layer's weight, or factors, the same in float32 and in the half precision they were read from."""
+    with readable(module):
+        parts = module.matrices() if isinstance(module, LowRankLayer) else (dense_weight(module),)
+        return digest_of([_whole(part.detach()).float() for part in parts])
 
 
 def model_digest(model: nn.Module) -> str:
@@ -91,14 +103,19 @@ def _parameters(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         with readable(module):
             for parameter in module.parameters(recurse=False):
-                yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                yield _whole(parameter)
 
 
 @contextmanager
 def readable(module: nn.Module) -> Iterator[None]:
-    """Within the block, offloaded parameters of the module are there."""
-    if has_offloaded_params(module):
-        with align_module_device(module):
-            yield
-    else:
+    """Within the block, offloaded parameters of the module are there, and the factors of a factorized layer."""
+    with ExitStack() as stack:
+        for part in _offloaded_parts(module):
+            stack.enter_context(align_module_device(part))
         yield
+
+
+def _offloaded_parts(module: nn.Module) -> list[nn.Module]:
+    """The layer, or of a factorized one its factors, where their parameters are offloaded."""
+    parts = module.modules() if isinstance(module, LowRankLayer) else (module,)
+    return [part for part in parts if has_offloaded_params(part)]

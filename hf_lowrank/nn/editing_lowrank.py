@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .experts_lowrank import UnstackedExperts, own_memory, projections, restack, unstacked_names
-from .layers_lowrank import LowRankEmbedding, LowRankTiedHead, with_parameter
+from .layers_lowrank import LowRankEmbedding, LowRankLayer, LowRankTiedHead, with_parameter
 
 _TIES = ("all_tied_weights_keys", "_tied_weights_keys")  # attributes of a model that an edit may change
 _DESCRIPTIONS = ("ranks", "forms")  # and of a low-rank model's config
@@ -106,11 +106,23 @@ def tied_layers(model: nn.Module, name: str) -> list[str]:
         ValueError: the embedding is itself tied to another, which is to be replaced in its place.
     """
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
-    if (source := ties.get(f"{name}.weight")) is not None:
+    embedding, own = model.get_submodule(name), _weights_of(name)
+    if (source := next((ties[key] for key in own if key in ties), None)) is not None:
         raise ValueError(f"{name} cannot be replaced: its weight is tied to {source}, replace that one")
-    tied = [one.rpartition(".")[0] for one, other in ties.items() if other == f"{name}.weight"]
-    embedding = model.get_submodule(name)
-    return [one for one in tied if model.get_submodule(one) is not embedding]
+    tied = dict.fromkeys(_layer_of(model, key) for key, other in ties.items() if other in own)
+    return [other for other in tied if model.get_submodule(other) is not embedding]
+
+
+def _weights_of(name: str) -> tuple[str, ...]:
+    """The names that the weight of an embedding has, dense or factorized."""
+    return tuple(f"{name}.{weight}" for weight in ("weight", "up.weight", "down.weight"))
+
+
+def _layer_of(model: nn.Module, key: str) -> str:
+    """The layer whose weight, or a factor of it, has this name."""
+    name = key.rpartition(".")[0]
+    around = name.rpartition(".")[0]
+    return around if isinstance(submodule(model, around), LowRankLayer) else name
 
 
 def replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
@@ -119,14 +131,14 @@ def replace_embedding(model: Any, name: str, new: LowRankEmbedding) -> None:
     ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
     for other in tied:
         module = model.get_submodule(other)
-        if type(module) is nn.Embedding:
+        if type(module) in (nn.Embedding, LowRankEmbedding):
             replacements[module] = LowRankEmbedding.like(module, new.rank)
-        elif type(module) is nn.Linear:
+        elif type(module) in (nn.Linear, LowRankTiedHead):
             replacements[module] = LowRankTiedHead.like(module, new.rank)
         else:
             raise ValueError(f"{name} cannot be replaced: its weight is tied to a {type(module).__name__}, {other}")
     replace_by_identity(model, replacements)
-    for key in [key for key, source in ties.items() if source == f"{name}.weight"]:
+    for key in [key for key, source in ties.items() if source in _weights_of(name)]:
         del ties[key]
     for other in tied:
         is_head = isinstance(model.get_submodule(other), LowRankTiedHead)

@@ -257,26 +257,30 @@ class LowRankConv(LowRankLayer):
     the product of the kernel sizes. It is the scheme of Zhang, Zou, He & Sun (2016, "Accelerating Very Deep
     Convolutional Networks for Classification and Detection"), which factorizes over the output channels.
 
+    Args:
+        layer: the convolution, or a LowRankConv, that it is to be like.
+
     Raises:
         ValueError: the convolution is grouped or no plain one, or the rank does not fit it.
     """
 
-    def __init__(self, conv: nn.Module, rank: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, layer: Any, rank: int, device: torch.device | str | None = None) -> None:
         super().__init__()
+        conv = layer.down if isinstance(layer, LowRankConv) else layer  # what has its geometry
         if not isinstance(conv, CONVOLUTIONS) or type(conv) not in CONVOLUTIONS or conv.groups != 1:
             raise ValueError(f"{conv} cannot be factorized: only plain convolutions without groups can")
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.in_channels, self.out_channels = conv.in_channels, layer.out_channels
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
         self.dilation, self.groups, self.padding_mode = conv.dilation, conv.groups, conv.padding_mode
-        self.in_features, self.out_features = math.prod((conv.in_channels, *conv.kernel_size)), conv.out_channels
+        self.in_features, self.out_features = math.prod((conv.in_channels, *conv.kernel_size)), layer.out_channels
         self.rank = rank
         self._check_rank("a convolution")
         kind, options = type(conv), {"device": device, "dtype": conv.weight.dtype}
         geometry: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
         geometry |= {"padding_mode": conv.padding_mode, "bias": False}
         self.down = kind(conv.in_channels, rank, conv.kernel_size, **geometry, **options)  # type: ignore[arg-type]
-        self.up = kind(rank, conv.out_channels, 1, bias=conv.bias is not None, **options)  # type: ignore[arg-type]
-        self.train(conv.training)
+        self.up = kind(rank, layer.out_channels, 1, bias=layer.bias is not None, **options)  # type: ignore[arg-type]
+        self.train(layer.training)
 
     @classmethod
     def like(cls, module: nn.Module, rank: int) -> LowRankConv:
@@ -375,10 +379,10 @@ class LowRankTiedHead(LowRankLayer):
     """
 
     @classmethod
-    def like(cls, module: nn.Module, rank: int) -> LowRankTiedHead:
+    def like(cls, module: Any, rank: int) -> LowRankTiedHead:
         """An empty layer with the shape, bias, device, dtype and training mode of a linear layer."""
         weight, head = _stored_weight(module), cls()
-        head.out_features, head.in_features = weight.shape
+        head.out_features, head.in_features = module.out_features, module.in_features
         head.rank = rank
         options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         head.down = _SharedLinear(rank, head.in_features, transposed=True, **options)
@@ -414,10 +418,20 @@ class _SharedLinear(nn.Module):
 
 
 def layer_class_for(module: nn.Module, form: str = LowRankLinear.form) -> type[LowRankLayer]:
-    """The class of layer that takes the place of a module."""
-    if isinstance(module, CONVOLUTIONS):
+    """The class of layer that takes the place of a module, dense or factorized."""
+    if is_convolution(module):
         return LowRankConv
-    return LowRankEmbedding if isinstance(module, nn.Embedding) else FORMS[form]
+    return LowRankEmbedding if is_embedding(module) else FORMS[form]
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether it looks tokens up, dense or factorized."""
+    return isinstance(module, (nn.Embedding, LowRankEmbedding))
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution, dense or factorized."""
+    return isinstance(module, (*CONVOLUTIONS, LowRankConv))
 
 
 class _UnformedProduct(Tensor):
@@ -469,9 +483,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 def _stored_weight(linear: nn.Module) -> Tensor:
     """The weight as the layer stores it: [out, in], [in, out] in Conv1D and nn.Embedding, [out, in, *kernel].
 
-    For a LowRankLinear one of its factors: its dtype, device and requires_grad are those of the layer.
+    For a factorized layer one of its factors: its dtype, device and requires_grad are those of the layer.
     """
-    if isinstance(linear, LowRankLinear):
+    if isinstance(linear, LowRankLayer):
         return linear.up.weight
     if not isinstance(linear, (nn.Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)):
         raise ValueError(

@@ -17,6 +17,7 @@ from hf_lowrank.jobs.interrupts import Stopped, undivided
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets
 from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
+from hf_lowrank.nn.layers_lowrank import is_embedding
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
@@ -170,7 +171,7 @@ def _at_most(count: int) -> str:
 
 def _refuse_embeddings(targets: dict[str, nn.Module], kinds: Sequence[str]) -> None:
     dense = [kind for kind in kinds if KINDS[kind].dense]
-    embeddings = [name for name, module in targets.items() if isinstance(module, nn.Embedding)]
+    embeddings = [name for name, module in targets.items() if is_embedding(module)]
     if dense and embeddings:
         raise LowRankError(f"{embeddings[0]}: {dense[0]} cannot be measured of an embedding; take another method")
 

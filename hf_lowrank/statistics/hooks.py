@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hf_lowrank.model.targets import unstacked
 from hf_lowrank.nn.editing_lowrank import tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, projections, visits
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS
+from hf_lowrank.nn.layers_lowrank import LowRankConv, is_convolution, is_embedding
 from hf_lowrank.statistics.losses import NotSeparable
 from hf_lowrank.statistics.patches import geometry, patches
 
@@ -52,8 +52,8 @@ class Recorder:
         one-hot vector has, and its input that of the output gradient. A convolution's input is kept as it is until the
         layer is delivered, and then cut into patches.
         """
-        if isinstance(module, CONVOLUTIONS):
-            self.convolutions[name] = module
+        if is_convolution(module):
+            self.convolutions[name] = module.down if isinstance(module, LowRankConv) else module
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
@@ -62,10 +62,10 @@ class Recorder:
             if not output.requires_grad:  # the first layer on its path: the graph begins here
                 output = replaced = output.detach().requires_grad_().clone()
             self.calls[name] += 1
-            key = self._key(name, module, args[0], alone=tied_head or isinstance(module, nn.Embedding))
+            key = self._key(name, module, args[0], alone=tied_head or is_embedding(module))
             self.readers[key] = (*self.readers.get(key, ()), name)
             x = args[0].detach()
-            if isinstance(module, nn.Embedding):
+            if is_embedding(module):
                 x = x[..., None]
             rows = self.rows.get(module)
             if rows is not None:
@@ -115,7 +115,7 @@ class Recorder:
         """
         if tensor not in self.numbers:
             self.numbers[tensor] = next(self.counter)
-        reading = geometry(module) if isinstance(module, CONVOLUTIONS) else None
+        reading = geometry(module) if is_convolution(module) else None
         key = (self.numbers[tensor], tensor._version, reading, name if alone else None)
         times = 0
         while name in self.readers.get((*key, times), ()):
@@ -195,9 +195,9 @@ def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorde
                 parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
             for name, module in targets.items():
                 handles.append(recorder.watch(name, module))
-                for other in tied_layers(model, name) if isinstance(module, nn.Embedding) else ():
+                for other in tied_layers(model, name) if is_embedding(module) else ():
                     tied = model.get_submodule(other)
-                    handles.append(recorder.watch(name, tied, tied_head=isinstance(tied, nn.Linear)))
+                    handles.append(recorder.watch(name, tied, tied_head=not is_embedding(tied)))
             experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
             handles += [recorder.watch_routing(module) for module in experts]
             yield

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowrank.model.targets import weight_shape
+from hf_lowrank.nn.layers_lowrank import is_embedding
 from hf_lowrank.statistics.eigenbasis import eigenbasis
 from hf_lowrank.statistics.kronecker import (
     SKETCH,
@@ -60,7 +61,7 @@ def sum_shape(kind: str, module: nn.Module) -> tuple[int, ...]:
     """The shape of the sum of a kind for a layer. An embedding's input moment is kept by its diagonal, counts."""
     out_features, in_features = weight_shape(module)
     shape = KINDS[kind].shape(out_features, in_features)
-    return (in_features,) if isinstance(module, nn.Embedding) and kind == "activation_moment" else shape
+    return (in_features,) if is_embedding(module) and kind == "activation_moment" else shape
 
 
 def accumulate(kind: str, total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:

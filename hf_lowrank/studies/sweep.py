@@ -19,9 +19,11 @@ from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile, get_alloca
 from hf_lowrank.compression.compress import checked_targets, compress
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
+from hf_lowrank.compression.solution import kept_report
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import digest
@@ -93,7 +95,9 @@ def sweep(
     folder: Path,
     origin: dict[str, Any] | None = None,
 ) -> list[Record]:
-    """Make and measure every model of the sweep; the first record is the dense model's.
+    """Make and measure every model of the sweep; the first record is of the model as it is, dense or compressed before.
+
+    Sizes and budgets are relative to the dense model, losses and times to the model as it is.
 
     Results are appended to `folder` as they come. A sweep that was interrupted, or is given further methods or values,
     goes on with what is missing. A budget that cannot be met leaves a record that says so.
@@ -108,12 +112,12 @@ def sweep(
     wanted = [None, *config.runs()]
     with bar("sweep", len(wanted), "models") as shown:
         for run in wanted:
-            key = _run_key(run)
+            key = _run_key(run, model)
             if key not in done:
-                done[key] = bench.dense() if run is None else bench.compressed(run)
+                done[key] = bench.reference() if run is None else bench.compressed(run)
                 _append(folder, done[key])
             shown.update()
-    return [done[_run_key(run)] for run in wanted]
+    return [done[_run_key(run, model)] for run in wanted]
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -154,10 +158,15 @@ class _Bench:
         rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
         self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))
 
-    def dense(self) -> Record:
-        """The record of the model as it is."""
+    def reference(self) -> Record:
+        """The record of the model as it is: dense, or compressed before and then called given."""
         figures = self._measure(self.model) | {"calibration_loss": self._calibration_loss(self.model)}
-        return {"method": "dense", "parameters": self.model.num_parameters(), **figures, "relative_latency": 1.0}
+        parameters = {"parameters": self.model.num_parameters(), "parameters_dense": dense_parameters(self.model)}
+        layers = checked_targets(self.model, self.config.runs()[0])
+        reports = [kept_report(name, layer) for name, layer in layers.items()]
+        after, before = (sum(getattr(r, f"parameters_{when}") for r in reports) for when in ("after", "before"))
+        share = {"targeted": after / before, "relative_latency": 1.0}
+        return {"method": _reference_name(self.model), **parameters, **share, **figures}
 
     def compressed(self, run: CompressionConfig) -> Record:
         """The record of one compressed model, with its score after fine-tuning if that is asked for."""
@@ -289,7 +298,11 @@ def _key(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in ("method", "allocation", "budget", "value"))
 
 
-def _run_key(run: CompressionConfig | None) -> tuple[Any, ...]:
-    return (
-        ("dense", None, None, None) if run is None else (run.method, run.allocation, run.budget.kind, run.budget.value)
-    )
+def _run_key(run: CompressionConfig | None, model: PreTrainedModel) -> tuple[Any, ...]:
+    if run is None:
+        return (_reference_name(model), None, None, None)
+    return run.method, run.allocation, run.budget.kind, run.budget.value
+
+
+def _reference_name(model: PreTrainedModel) -> str:
+    return "given" if factorized_layers(model) else "dense"

@@ -14,8 +14,8 @@ from hf_lowrank.tasks import Task
 Record = dict[str, Any]
 
 _LEGEND = (
-    "`*`: no smaller or equal model scores higher. time: of a batch, relative to dense. loss +: measured increase of "
-    "the mean loss on the calibration samples; expected +: what the method's objective expects.\n"
+    "`*`: no smaller or equal model scores higher. time: of a batch, relative to the first model's. loss +: measured "
+    "increase of the mean loss on the calibration samples; expected +: what the method's objective expects.\n"
 )
 
 

@@ -14,7 +14,7 @@ from hf_lowrank.allocation import Budget
 from hf_lowrank.compression.compress import unreached
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.targets import check_weights, find_targets, unstacked
+from hf_lowrank.model.targets import check_weights, find_targets, rank_of, unstacked
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Baseline, Evaluator
@@ -135,6 +135,8 @@ def analyze(
     if PartialState().num_processes > 1:
         raise LowRankError("an analysis runs in one process; start it without accelerate launch")
     targets = find_targets(model, config.include, config.exclude)
+    if factorized := sum(rank_of(module) is not None for module in targets.values()):
+        raise LowRankError(f"{factorized} layers are factorized, and an analysis changes whole weights: densify(model)")
     check_weights(targets)
     statistics.check(targets, needed_statistics(config.methods))
     left = unreached(targets, statistics)  # by compress, too
