@@ -159,6 +159,29 @@ def _replace_dense_embedding(model: Any, name: str, new: nn.Embedding) -> None:
     replace_by_identity(model, {model.get_submodule(name): new, **same_weight})
 
 
+def own_factors(model: Any) -> None:
+    """Make layers of their own of those that were tied to a factorized embedding and no longer have its factors.
+
+    So adapters leave them that have trained a copy of the embedding or of the head (PEFT's `modules_to_save`).
+    """
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    here = {key: parameter for key, parameter in parameters.items() if parameter.device.type != "meta"}  # not offloaded
+    apart = {key for key, source in ties.items() if here.get(key) is not here.get(source)}
+    layers = {name for name, module in _tied_factors(model) if {f"{name}.up.weight", f"{name}.down.weight"} & apart}
+    if not layers:
+        return
+    heads = [module for name in layers if isinstance(module := model.get_submodule(name), LowRankTiedHead)]
+    replace_by_identity(model, {head: head.untied() for head in heads})
+    kept = {key: source for key, source in ties.items() if not key.startswith(tuple(f"{name}." for name in layers))}
+    model.all_tied_weights_keys = kept
+    model._tied_weights_keys = dict(kept)
+
+
+def _tied_factors(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, (LowRankEmbedding, LowRankTiedHead)))
+
+
 def unstack_experts(model: nn.Module, names: Iterable[str]) -> None:
     """Give the experts that have layers among `names` linear layers of their own, such as `experts.gate_up_proj.3`."""
     owners = unstacked_names(model)

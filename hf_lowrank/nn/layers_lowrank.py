@@ -390,6 +390,15 @@ class LowRankTiedHead(LowRankLayer):
         head.up.bias = module.bias
         return head.train(module.training)
 
+    def untied(self) -> LowRankLinear:
+        """The same layer with factors of its own."""
+        layer = LowRankLinear(self.in_features, self.out_features, self.rank, self.bias is not None, device="meta")
+        up, down = self.matrices()
+        layer.up.weight, layer.down.weight = _parameter_like(up, up), _parameter_like(down, up)
+        if self.bias is not None:
+            layer.up.bias = _parameter_like(self.bias, self.bias)
+        return layer.train(self.training)
+
     @property
     def bias(self) -> Tensor | None:
         return self.up.bias

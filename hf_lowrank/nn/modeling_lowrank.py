@@ -41,6 +41,7 @@ from .configuration_lowrank import (
     on_config_class_created,
 )
 from .configuration_lowrank import register as register
+from .editing_lowrank import own_factors
 from .experts_lowrank import UnstackedExperts, own_memory
 from .layers_lowrank import (
     LowRankEmbedding,
@@ -113,6 +114,7 @@ class LowRankMixin(_ModelBase):
         The source files come first, config.json next and the weights last, so that a save which breaks off leaves a
         folder that fails to load, not one that loads as something else.
         """
+        own_factors(self)
         self.describe_layers()
         for module in self.modules():
             if isinstance(module, UnstackedExperts):

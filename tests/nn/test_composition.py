@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, QuantoConfig
 
+from hf_lowrank import CompressionConfig, compress
 from hf_lowrank.compression.forms import to_form
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import LowRankEmbedding, LowRankLinear, dense_weight
@@ -74,6 +75,30 @@ def test_adapters_on_all_linears_train_unload_and_merge(made: tuple[Any, Any], t
 
 
 # Precision and devices
+
+
+@pytest.mark.parametrize("trained", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_factorized_embedding_and_its_head_that_adapters_trained_apart_are_saved_and_loaded(
+    trained: list[str], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    model, _ = compress(
+        tiny_llama(tie_word_embeddings=True),
+        CompressionConfig("svd", keep=0.9, include=("embed_tokens",), align=1),
+        progress=False,
+    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=trained)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.add_(0.3)
+    expected = outputs(adapted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert set(loaded.config.ranks) == {"model.embed_tokens", "lm_head"}
+    for own in (loaded.eval(), merged):
+        torch.testing.assert_close(outputs(own), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
