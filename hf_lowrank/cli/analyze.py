@@ -28,6 +28,7 @@ from hf_lowrank.tasks.table import get_task
 
 @app.command("analyze")
 def analyze_command(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="A folder for report.html, plots (PNG) and analysis.json.")],
@@ -67,8 +68,10 @@ def analyze_command(
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
 
     from hf_lowrank.cli.facts import origin, public_name
+    from hf_lowrank.cli.work import claim
     from hf_lowrank.folder.densify import densify
     from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.jobs.distributed import refuse_several
     from hf_lowrank.nn.modeling_lowrank import LowRankMixin
     from hf_lowrank.statistics import compute_statistics
     from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
@@ -86,6 +89,8 @@ def analyze_command(
         include=patterns(include),
         exclude=patterns(exclude),
     )
+    refuse_several("an analysis")
+    claim(context, output, model, data_dir)
     prepare_folder(output, overwrite)
     loaded, tokenizer = load_model(model, the_task)
     if isinstance(loaded, LowRankMixin):  # whole weights are changed, and sizes are those of the dense model

@@ -12,6 +12,7 @@ from hf_lowrank.cli.options import JsonOption
 
 @app.command("bench")
 def bench_command(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
     against: Annotated[
         str | None, typer.Option(help="The dense model it was made from. Default: the dense form of DIR itself.")
@@ -46,6 +47,7 @@ def bench_command(
 
     from hf_lowrank.folder.saving import add_facts
     from hf_lowrank.folder.style import save_png
+    from hf_lowrank.jobs.files import held
     from hf_lowrank.studies.bench import BenchConfig, bench
     from hf_lowrank.studies.plots.bench import bench_figure
 
@@ -53,6 +55,8 @@ def bench_command(
         torch.set_num_threads(threads)
     defaults = BenchConfig()
     config = BenchConfig(tuple(batch or defaults.batches), tuple(length or defaults.lengths), rounds, dtype, compiled)
+    for written in ([folder] if record else []) + ([plot] if plot is not None else []):
+        context.with_resource(held(written))
     measured = bench(folder, against, config)
     if record:
         add_facts(folder, latency=measured.latency_facts())

@@ -52,6 +52,7 @@ from hf_lowrank.tasks.table import get_task
 
 @app.command("compress")
 def compress_command(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")],
@@ -113,7 +114,7 @@ def compress_command(
 
     from hf_lowrank.cli.facts import origin, public_name, versions
     from hf_lowrank.cli.smallest import measured_profile, smallest
-    from hf_lowrank.cli.work import check_memory, open_work, refuse_output
+    from hf_lowrank.cli.work import check_memory, claim, open_work, refuse_output
     from hf_lowrank.compression.compress import check_possible, compress
     from hf_lowrank.folder.earlier import of_original
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
@@ -126,6 +127,7 @@ def compress_command(
     from hf_lowrank.tasks.labels import label_mapping
     from hf_lowrank.training.evaluate import evaluate_described
 
+    claim(context, output, model, data_dir, statistics)
     replace = refuse_output(output, resume, overwrite)
     if push_to_hub is not None:
         refuse_without_token()  # before the work, not after it

@@ -23,7 +23,9 @@ def densify_command(
 
     Example: hf-lowrank densify ./bert-stsb-lowrank ./bert-stsb-dense
     """
+    from hf_lowrank.cli.work import refuse_inputs
     from hf_lowrank.folder.densify import densify_folder
 
+    refuse_inputs(output, folder)
     model = densify_folder(folder, output, overwrite)
     console.print(f"saved to {output}: {type(model).__name__}, {model.num_parameters():,} parameters", highlight=False)

@@ -18,12 +18,12 @@ from hf_lowrank.cli.options import (
     TaskOption,
     TextColumnOption,
 )
-from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.tasks.table import get_task
 
 
 @app.command("finetune")
 def finetune_command(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the fine-tuned model goes.")],
@@ -73,15 +73,18 @@ def finetune_command(
     from accelerate import PartialState
 
     from hf_lowrank.cli.facts import public_name, versions
+    from hf_lowrank.cli.work import claim, refuse_output
     from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained, stored_dtype
     from hf_lowrank.folder.saving import add_facts, read_record, save_model
     from hf_lowrank.folder.scores import comparable, why_not, with_score
+    from hf_lowrank.jobs.checkpoint import Work
     from hf_lowrank.training.distillation import Distillation
     from hf_lowrank.training.evaluate import evaluate_described
     from hf_lowrank.training.finetune import finetune
 
-    refuse_existing(output, overwrite)
+    claim(context, output, model, data_dir, teacher)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
+    replace = refuse_output(output, resume, overwrite, checkpoints)
     if overwrite and not resume and PartialState().is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
     PartialState().wait_for_everyone()
@@ -102,7 +105,8 @@ def finetune_command(
     record = read_record(model)
     if record is not None:
         record |= {"finetuning": finetuning}
-    save_model(loaded, tokenizer, output, overwrite, stored_dtype(model), record)
+    Work(checkpoints).mark_saving()
+    save_model(loaded, tokenizer, output, replace, stored_dtype(model), record)
     loaded_back = load_model(str(output), the_task)  # as a user gets it
     metrics, scored_on = evaluate_described(*loaded_back, the_task, data_dir)
     if record is not None:

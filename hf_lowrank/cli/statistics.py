@@ -31,6 +31,7 @@ from hf_lowrank.tasks.table import get_task
 
 @app.command("statistics")
 def statistics_command(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the statistics go.")],
@@ -57,11 +58,12 @@ def statistics_command(
     from accelerate import PartialState
 
     from hf_lowrank.cli.facts import origin
-    from hf_lowrank.cli.work import check_memory, open_work, refuse_output
+    from hf_lowrank.cli.work import check_memory, claim, open_work, refuse_output
     from hf_lowrank.folder.loading import load_model
     from hf_lowrank.statistics import compute_statistics
     from hf_lowrank.tasks.calibration import calibration_loader
 
+    claim(context, output, model, data_dir)
     replace = refuse_output(output, resume, overwrite)
     kinds = kind or METHODS["kfac"].needs
     _, sums_at = check_memory(model, the_task, kinds, include, exclude, batch_size)

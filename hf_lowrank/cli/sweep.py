@@ -29,6 +29,7 @@ from hf_lowrank.tasks.table import get_task
 
 @app.command("sweep")
 def sweep_command(
+    context: typer.Context,
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="A folder for results; with an unfinished sweep, that goes on.")],
@@ -66,7 +67,9 @@ def sweep_command(
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
 
     from hf_lowrank.cli.facts import origin
+    from hf_lowrank.cli.work import claim
     from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.jobs.distributed import refuse_several
     from hf_lowrank.studies.sweep import SweepConfig, sweep
     from hf_lowrank.studies.sweep_summary import write_summary
 
@@ -87,6 +90,8 @@ def sweep_command(
         align=align,
         form=form,
     )
+    refuse_several("a sweep")
+    claim(context, output, model, data_dir)
     loaded, tokenizer = load_model(model, the_task)
     source = origin(model, the_task, data_dir, seed)
     records = sweep(loaded, tokenizer, the_task, data_dir, config, output, source)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import load_low_rank
-from hf_lowrank.jobs.files import atomic_folder, refuse_existing
+from hf_lowrank.jobs.files import atomic_folder, held, refuse_existing
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
 from hf_lowrank.nn.editing_lowrank import restack_experts, unstack_experts
 from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankConv, LowRankLayer, LowRankLinear, as_stored
@@ -69,11 +69,12 @@ def densify_folder(folder: str | Path, output: str | Path, overwrite: bool = Fal
     folder = Path(folder)
     if not folder.is_dir():
         raise LowRankError(f"there is no folder {folder}; a model on the Hub is downloaded with: hf download {folder}")
-    refuse_existing(Path(output), overwrite)
-    model = densify(load_low_rank(folder))
-    with atomic_folder(output, overwrite) as whole:
-        _copy_other_files(folder, whole)
-        model.save_pretrained(whole)
+    with held(output):
+        refuse_existing(Path(output), overwrite)
+        model = densify(load_low_rank(folder))
+        with atomic_folder(output, overwrite) as whole:
+            _copy_other_files(folder, whole)
+            model.save_pretrained(whole)
     return model
 
 

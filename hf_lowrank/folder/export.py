@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import load_low_rank
+from hf_lowrank.jobs.files import flush, held, scratch_name
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts
 
 TOLERANCE = 1e-3  # of outputs, relative to their norm
@@ -59,6 +60,11 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
     output = Path(output)
     if output.suffix != ".onnx":
         raise LowRankError(f"{output} must end in .onnx")
+    with held(output):
+        return _exported(folder, output)
+
+
+def _exported(folder: str | Path, output: Path) -> float:
     model = load_low_rank(folder, torch.float32)
     if model.config.is_encoder_decoder:
         raise LowRankError(
@@ -72,13 +78,13 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
         )
     if sum(parameter.nbytes for parameter in model.parameters()) > 1.9e9:
         raise LowRankError(f"{folder} is larger than the 2 GB that an ONNX file holds")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.partial-") as scratch:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=scratch_name(output).name) as scratch:
         written = Path(scratch) / output.name
         _to_onnx(model, written)
         difference = max(_difference(model, written, shape) for shape in CHECKED)
         if not difference <= TOLERANCE:
             raise LowRankError(f"ONNX Runtime computes something else than the model, by {difference:.1e} of its norm")
+        flush(Path(scratch))
         os.replace(written, output)
     return difference
 

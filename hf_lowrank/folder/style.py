@@ -5,7 +5,6 @@ Figures are made without pyplot, so that plotting leaves no global state and nee
 
 import base64
 import io
-import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any, ParamSpec
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from hf_lowrank.jobs.files import write_bytes
 
 WIDTH, HEIGHT = 7.0, 4.2  # inches
 DPI = 130
@@ -99,10 +100,7 @@ def png_bytes(figure: Figure) -> bytes:
 
 def save_png(figure: Figure | bytes, path: str | Path) -> None:
     """Write a figure, or what `png_bytes` made of it, as a PNG, whole or not at all."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_bytes(figure if isinstance(figure, bytes) else png_bytes(figure))
-    os.replace(scratch, path)
+    write_bytes(Path(path), figure if isinstance(figure, bytes) else png_bytes(figure))
 
 
 def data_uri(figure: Figure | bytes) -> str:

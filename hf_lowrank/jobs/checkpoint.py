@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.jobs.distributed import Result, on_main
-from hf_lowrank.jobs.files import read_json, remove_leftovers, scratch_name, space_errors, write_json
+from hf_lowrank.jobs.files import read_json, remove_leftovers, scratch_name, space_errors, write_bytes, write_json
 from hf_lowrank.jobs.interrupts import MINUTES, kept_in
 
 FORMAT_VERSION = 1
@@ -46,17 +47,9 @@ class Store:
         """
         tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in result[0].items()}
         facts = json.dumps(result[1])
-        path, scratch = self.path(name), self.folder / f".{name}.partial"
-        with space_errors(path):
+        with space_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with scratch.open("wb") as file:
-                    file.write(save(tensors, {"facts": facts, "checksum": _checksum(tensors, facts)}))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(scratch, path)
-            finally:
-                scratch.unlink(missing_ok=True)
+        write_bytes(self.path(name), save(tensors, {"facts": facts, "checksum": _checksum(tensors, facts)}))
 
     def load(self, name: str) -> Result:
         """Read a result.
@@ -162,20 +155,21 @@ class Work:
 def _begin(folder: Path, key: dict[str, Any], resume: bool, overwrite: bool) -> None:
     path = folder / KEY
     if resume and path.is_file():
-        differences = list(_differences(read_json(path), key | {"format_version": FORMAT_VERSION}))
-        if differences:
+        differing = sorted(differences(read_json(path), key | {"format_version": FORMAT_VERSION}))
+        if differing:
+            named = "; ".join(f"{name} was {before} and is {now}" for name, before, now in differing)
             raise LowRankError(
-                f"{folder} holds the work of another job: {'; '.join(differences)}. Resume with what it was begun "
+                f"{folder} holds the work of another job: {named}. Resume with what it was begun "
                 "with, or start again with --overwrite"
             )
         return
     if path.is_file() and not overwrite:
         raise LowRankError(f"{folder} holds unfinished work; continue it with --resume or drop it with --overwrite")
+    remove_leftovers(folder)
     if path.is_file():
         _drop(folder)
     if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
         raise LowRankError(f"{folder}, the place for unfinished work, is in use: move it away")
-    remove_leftovers(folder)
     with space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, key | {"format_version": FORMAT_VERSION})
@@ -185,12 +179,3 @@ def _drop(folder: Path) -> None:
     """Remove work, so that it is either all there or all gone."""
     os.replace(folder, scratch_name(folder, "dropped"))
     remove_leftovers(folder)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Any:
-    """Sentences about what differs between two keys."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for part in sorted({*before, *now}):
-            yield from _differences(before.get(part), now.get(part), f"{name}.{part}" if name else part)
-    elif before != now:
-        yield f"{name} was {before} and is {now}"

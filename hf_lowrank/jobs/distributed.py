@@ -3,8 +3,9 @@
 import heapq
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, pa
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.files import held
 
 T = TypeVar("T")
 Result = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and plain facts about them
@@ -45,6 +47,16 @@ def start_processes() -> PartialState:
         PartialState._reset_state()
         state = PartialState(cpu=True, timeout=PATIENCE)
     return state
+
+
+def refuse_several(what: str) -> None:
+    """Raise where this process is one of several.
+
+    Raises:
+        LowRankError: on all of them.
+    """
+    if PartialState().num_processes > 1:
+        raise LowRankError(f"{what} runs in one process; start it without accelerate launch")
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -82,6 +94,18 @@ def shared_errors() -> Iterator[None]:
     first = next((error for error in from_everyone(own) if error is not None), None)
     if first is not None:
         raise own or first
+
+
+@contextmanager
+def held_for_all(output: str | Path) -> Iterator[None]:
+    """`held` by the main process, for all processes of the job.
+
+    Raises:
+        LowRankError: on all of them; see `held`.
+    """
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(held(output)))
+        yield
 
 
 def from_everyone(value: T) -> list[T]:

@@ -1,10 +1,13 @@
-"""Files that are whole or absent: written beside their place, moved there when complete."""
+"""Files and folders that are whole or absent: written beside their place, flushed, and moved there when complete."""
 
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.locks import locked, writing
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REPLACED = "replaced"  # within the scratch folder: what was in the output's place, while nothing else is
+
+# Linux: of renameat2(2)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def refuse_existing(folder: Path, overwrite: bool) -> None:
@@ -29,26 +37,96 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def held(output: str | Path) -> Iterator[None]:
+    """`locked`, with what a killed job left of the output put in order: see `remove_leftovers`.
+
+    Raises:
+        LowRankError: another job holds it, or nothing can be written there.
+    """
+    with locked(output) as first:
+        if first:
+            remove_leftovers(Path(output))
+        yield
+
+
+@contextmanager
 def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if the block ends without an error, and vanishes otherwise.
 
+    It is on the disk, with the rights that the umask gives to new files, before it takes its place. A crash leaves the
+    old folder or the new one whole, there or where `remove_leftovers` puts it back from.
+
     Raises:
-        LowRankError: `folder` exists and may not be replaced (see `refuse_existing`).
+        LowRankError: `folder` exists and may not be replaced (see `refuse_existing`), another job holds it, or it
+            cannot be written.
     """
-    folder = Path(folder)
-    refuse_existing(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=scratch_name(folder).name))
+    with held(folder):
+        refuse_existing(Path(folder), overwrite)
+        place = Path(folder).resolve()
+        with writing(folder):
+            scratch = Path(tempfile.mkdtemp(dir=place.parent, prefix=scratch_name(place).name))
+        try:
+            whole = scratch / "whole"
+            with space_errors(place):
+                whole.mkdir()
+                yield whole
+                _open_to_all(whole)
+                flush(whole)
+            refuse_existing(Path(folder), overwrite)  # what somebody else has put there meanwhile
+            with writing(folder):
+                _move(whole, place, scratch)
+        finally:
+            _clear(scratch, place)
+
+
+def _move(whole: Path, place: Path, scratch: Path) -> None:
+    """Put `whole` in its place, and what is there into `scratch`."""
+    if not place.exists():
+        os.replace(whole, place)
+    elif not exchange(whole, place):
+        os.replace(place, scratch / REPLACED)
+        os.replace(whole, place)
+        os.replace(scratch / REPLACED, scratch / "dropped")  # from now on, nothing to put back
+    flush_entries(place.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, or do nothing and answer False where the system cannot (other than Linux)."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = os.fsencode(one), os.fsencode(other)
+    return rename is not None and rename(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0
+
+
+def _open_to_all(folder: Path) -> None:
+    """Give what is in a new folder the rights that the umask gave itself: libraries make files for one user alone."""
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def flush(folder: Path) -> None:
+    """Return when all that is in a folder is on the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(parent, name))
+        flush_entries(Path(parent))
+
+
+def flush_entries(folder: Path) -> None:
+    """Return when the names in a folder are on the disk."""
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt":  # which flushes only what is open for writing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        whole = scratch / "whole"
-        with space_errors(folder):
-            whole.mkdir()
-            yield whole
-        if folder.exists():
-            os.replace(folder, scratch / "replaced")
-        os.replace(whole, folder)
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
 
 
 def scratch_name(folder: Path, ending: str = "") -> Path:
@@ -57,9 +135,20 @@ def scratch_name(folder: Path, ending: str = "") -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left of writing `folder`."""
-    for scratch in folder.parent.glob(f"{scratch_name(folder).name}*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+    """Remove what a killed process left of writing `folder`, and put back what it was about to replace.
+
+    To be called by who holds the lock.
+    """
+    place = folder.resolve()
+    for scratch in place.parent.glob(f"{glob.escape(scratch_name(place).name)}*"):
+        with writing(folder):
+            _clear(scratch, place)
+
+
+def _clear(scratch: Path, place: Path) -> None:
+    if (scratch / REPLACED).exists() and not place.exists():
+        os.replace(scratch / REPLACED, place)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -73,7 +162,7 @@ def space_errors(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors raises its own, with the system's words
         number = getattr(error, "errno", None)
-        known = [each for each in NO_SPACE if number == each or f"os error {each})" in str(error)]
+        known = [code for code in NO_SPACE if number == code or f"os error {code})" in str(error)]
         if not known:
             raise
         left = shutil.disk_usage(path.parent if path.parent.exists() else Path()).free / 2**20
@@ -102,11 +191,24 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, whole or not at all; it is on the disk when this returns."""
+    write_bytes(path, text.encode())
+    flush_entries(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all: its content is on the disk before it takes its place.
+
+    Raises:
+        LowRankError: there is no room for it.
+    """
     scratch = path.with_name(f".{path.name}.partial")
     try:
         with space_errors(path):
-            scratch.write_text(text, encoding="utf-8")
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.folder.scores import with_score
-from hf_lowrank.jobs.files import refuse_existing
+from hf_lowrank.jobs.files import held, refuse_existing
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.tasks import TASKS, collator, described, encode
@@ -167,7 +167,12 @@ def run_demo(output: Path, seed: int = 0, overwrite: bool = False) -> dict[str, 
     Raises:
         LowRankError: `output` exists and `overwrite` is off; or the saved model, loaded back, scores otherwise.
     """
-    refuse_existing(output, overwrite)
+    with held(output):
+        refuse_existing(output, overwrite)
+        return _run(output, seed, overwrite)
+
+
+def _run(output: Path, seed: int, overwrite: bool) -> dict[str, Any]:
     started = time.perf_counter()
     tokenizer = make_tokenizer()
     model, worths = _new_model(tokenizer, seed), make_worths(seed)

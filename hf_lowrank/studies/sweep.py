@@ -1,11 +1,12 @@
 """A model and a task → the score, size, loss and time of every method × allocation × budget. Resumable."""
 
 import copy
-import hashlib
 import json
+import os
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +22,16 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
 from hf_lowrank.compression.solution import kept_report
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.files import read_json, write_json
+from hf_lowrank.jobs.claims import differences
+from hf_lowrank.jobs.distributed import refuse_several
+from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
+from hf_lowrank.model.weights import model_digest
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.statistics.container import digest
 from hf_lowrank.tasks import Task, collator, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import content_digest
 from hf_lowrank.training.evaluate import predict_rows, score_predictions
 from hf_lowrank.training.finetune import finetune
@@ -105,12 +108,13 @@ def sweep(
     Raises:
         LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
     """
+    refuse_several("a sweep")
     validation = load_validation(task, data_dir, tokenizer, model.config)
-    _claim(folder, model, task, config, {**(origin or {}), "validation data": content_digest(validation)})
-    bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {}, validation)
-    done = {_key(record): record for record in read_results(folder)}
     wanted = [None, *config.runs()]
-    with bar("sweep", len(wanted), "models") as shown:
+    checked_targets(model, config.runs()[0])  # before anything is measured
+    with held(folder), bar("sweep", len(wanted), "models") as shown:
+        bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {}, validation)
+        done = {_key(record): record for record in read_results(folder)}
         for run in wanted:
             key = _run_key(run, model)
             if key not in done:
@@ -154,6 +158,7 @@ class _Bench:
     ) -> None:
         self.model, self.tokenizer, self.task, self.data_dir = model, tokenizer, task, data_dir
         self.config, self.folder, self.validation = config, folder, validation
+        self._claim(origin)
         self.statistics = self._statistics(origin)
         rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
         self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))
@@ -229,6 +234,28 @@ class _Bench:
             ratios.append(seconds[1] / seconds[0])
         return median(ratios[1:])
 
+    def _claim(self, origin: dict[str, Any]) -> None:
+        """Note what the folder's results are of, or raise where that is something else."""
+        fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
+        rows = sys.maxsize if self.config.epochs else self.config.samples
+        settings = {
+            "task": self.task.name,
+            "max_length": self.task.max_length,
+            **origin,
+            **{name: getattr(self.config, name) for name in fixed},
+            "model weights": model_digest(self.model),
+            "training data": data_digest(self._loader(rows)),
+            "validation data": content_digest(self.validation),
+        }
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return write_json(path, settings)
+        for name, before, now in differences(read_json(path), settings):
+            raise LowRankError(
+                f"{self.folder} holds a sweep with {name} {before!r}, this one has {now!r}; choose another folder"
+            )
+
     def _statistics(self, origin: dict[str, Any]) -> Statistics | None:
         """What all methods of the sweep need, measured once and kept in the folder."""
         needs = list(dict.fromkeys(need for run in self.config.runs() for need in run.needs))
@@ -259,39 +286,15 @@ class _Bench:
         return calibration_loader(self.model, self.tokenizer, self.task, self.data_dir, samples, seed=self.config.seed)
 
 
-def _claim(folder: Path, model: PreTrainedModel, task: Task, config: SweepConfig, origin: dict[str, Any]) -> None:
-    """Note what the folder's results are of, or raise where that is something else."""
-    weights = "".join(digest(module) for module in checked_targets(model, config.runs()[0]).values())
-    fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
-    settings = {
-        "weights": hashlib.blake2b(weights.encode(), digest_size=16).hexdigest(),
-        "task": task.name,
-        "max_length": task.max_length,
-        **origin,
-    }
-    own = asdict(config)
-    settings |= {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in fixed}
-    path = folder / SETTINGS
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_json(path, settings)
-    before = read_json(path)
-    differing = [name for name in settings if settings[name] != before.get(name)]
-    if differing:
-        name = differing[0]
-        raise LowRankError(
-            f"{folder} holds a sweep with {name} {before.get(name)!r}, this one has {settings[name]!r}; "
-            "choose another folder"
-        )
-
-
 def _append(folder: Path, record: Record) -> None:
     path = folder / RESULTS
     if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):  # cut off by a crash
         whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        write_text(path, whole + "\n" if whole else "")
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _key(record: Record) -> tuple[Any, ...]:

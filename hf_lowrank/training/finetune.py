@@ -27,6 +27,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.checks import refuse_adapter
@@ -307,13 +308,11 @@ def _last_checkpoint(folder: Path, settings: dict[str, Any], resume: bool) -> st
     if path.is_file():
         if not resume:
             raise LowRankError(f"{folder} holds the checkpoints of an interrupted run; resume it, or delete the folder")
-        noted = read_json(path)
-        for key in settings | noted:
-            if noted.get(key) != settings.get(key):
-                raise LowRankError(
-                    f"{folder} holds checkpoints of a run with {key} {noted.get(key)!r}, not {settings.get(key)!r}; "
-                    "resume it with its own settings, or delete the folder"
-                )
+        for name, before, now in differences(read_json(path), settings):
+            raise LowRankError(
+                f"{folder} holds checkpoints of a run with {name} {before!r}, not {now!r}; "
+                "resume it with its own settings, or delete the folder"
+            )
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:

@@ -168,6 +168,16 @@ def test_path_1_against_path_2_with_the_first_layers_and_a_teacher(places: dict[
     assert "| tiny | svd | rank ratio 0.25 | " in text
 
 
+def test_budgets_on_different_layers_have_their_own_statistics(places: dict[str, Path], tmp_path: Path) -> None:
+    budgets = [{"rank_ratio": 0.25}, {"rank_ratio": 0.25, "include": ["word_embeddings", "query"]}]
+    recipe = content(places, methods=["kfac"], budgets=budgets, finetune={"epochs": 1}, finetune_after=False)
+    do(recipe, tmp_path, places)
+    layers = [record["compression"]["layers"] for record in records(tmp_path).values() if "compression" in record]
+    names = sorted({layer["name"].rpartition(".")[2] for layer in part} for part in layers)
+    assert {"word_embeddings", "query"} in names
+    assert len(list((tmp_path / "work/statistics").iterdir())) == 2
+
+
 def test_a_model_that_is_fine_tuned_already_is_taken_as_it_is(places: dict[str, Path], tmp_path: Path) -> None:
     do(content(places, methods=["svd"], finetune_after=False), tmp_path / "first", places)
     tuned = tmp_path / "first" / "work" / "dense" / "tiny--cola--seed0"

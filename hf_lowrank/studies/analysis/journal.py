@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.claims import differences
 
 FORMAT_VERSION = 1
 
@@ -61,13 +62,11 @@ class Journal:
             self.records = {_text(line["key"]): line["record"] for line in lines[1:]}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise LowRankError(f"{path} is damaged ({error}); begin anew with --overwrite") from None
-        for name in [*self.settings, *(set(settings) - set(self.settings))]:
-            then, now = settings.get(name), json.loads(_text(self.settings.get(name)))
-            if then != now:
-                raise LowRankError(
-                    f"{path} holds measurements with another {name.replace('_', ' ')}: {then!r} then, {now!r} now; "
-                    "choose another folder, or begin anew with --overwrite"
-                )
+        for name, then, now in differences(settings, self.settings):
+            raise LowRankError(
+                f"{path} holds measurements with another {name.replace('_', ' ')}: {then!r} then, {now!r} now; "
+                "choose another folder, or begin anew with --overwrite"
+            )
         if whole != text:
             os.truncate(path, len(whole.encode()))
         if not lines:

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import Budget
 from hf_lowrank.compression.compress import unreached
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets, rank_of, unstacked
 from hf_lowrank.solvers.family import COMPARED, get_method
@@ -132,8 +132,7 @@ def analyze(
         LowRankError: statistics are missing or another model's; the journal is of other settings; several processes.
     """
     config = config or AnalysisConfig()
-    if PartialState().num_processes > 1:
-        raise LowRankError("an analysis runs in one process; start it without accelerate launch")
+    refuse_several("an analysis")
     targets = find_targets(model, config.include, config.exclude)
     if factorized := sum(rank_of(module) is not None for module in targets.values()):
         raise LowRankError(f"{factorized} layers are factorized, and an analysis changes whole weights: densify(model)")

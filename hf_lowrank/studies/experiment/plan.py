@@ -1,11 +1,13 @@
 """A recipe → its steps, each with a name and with the settings that its result depends on."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.claims import differences
 from hf_lowrank.studies.experiment.recipe import Experiment, Model, Recipe, Settings, TaskChoice
 
 
@@ -29,6 +31,13 @@ class Run:
         """What its result depends on, without fine-tuning."""
         chosen = {"method": self.method, "budget": self.budget, "statistics": self.statistics}
         return {"step": "compress", **_without_step(self.dense.settings), **chosen}
+
+    @property
+    def statistics_name(self) -> str:
+        """Of the statistics that it shares with runs on the same layers."""
+        layers = {key: self.budget[key] for key in ("include", "exclude") if self.budget.get(key)}
+        chosen = [hashlib.blake2b(repr(layers).encode(), digest_size=4).hexdigest()] if layers else []
+        return "--".join([self.dense.name, str(self.statistics["samples"]), *chosen])
 
     @property
     def finetuned_name(self) -> str:
@@ -107,21 +116,10 @@ def budget_title(budget: Settings) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {_title(value)}" for key, value in budget.items())
 
 
-def difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two settings differ, by name, with both values; None if they are equal."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            found = difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
-    return None if ours == theirs else (path, ours, theirs)
-
-
 def _refuse_other(name: str, known: Settings, new: Settings) -> None:
-    if found := difference(known, new):
+    for part, now, before in differences(new, known):
         raise LowRankError(
-            f"two experiments mean different things by {name}: {found[0]} is {found[1]!r} and {found[2]!r}; "
+            f"two experiments mean different things by {name}: {part} is {before!r} and {now!r}; "
             "give the model or the task of one of them a label"
         )
 

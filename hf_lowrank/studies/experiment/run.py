@@ -20,6 +20,7 @@ from hf_lowrank.folder.facts import versions
 from hf_lowrank.folder.loading import load_for_finetuning, load_model
 from hf_lowrank.folder.saving import save_model
 from hf_lowrank.folder.scores import with_score
+from hf_lowrank.jobs.distributed import held_for_all
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.studies.experiment.plan import Dense, Run, plan_of
@@ -52,14 +53,16 @@ def run_recipe(
         LowRankError: a record of other settings lies in `output`; or steps failed, after all others were done.
     """
     plan, store = plan_of(recipe), Store(output)
-    for dense, runs in plan:  # before hours of work, not after them
-        for name, settings in steps_of(dense, runs):
-            store.get(name, settings)
     failed: list[str] = []
-    for number, (dense, runs) in enumerate(plan, 1):
-        say(f"{dense.name} ({number} of {len(plan)})")
-        _Group(dense, runs, store, output, data_dir, keep_models, say, recipe, failed).run()
-    write_tables(recipe, store, output)
+    with held_for_all(output):
+        for dense, runs in plan:  # before hours of work, not after them
+            for name, settings in steps_of(dense, runs):
+                store.get(name, settings)
+        for number, (dense, runs) in enumerate(plan, 1):
+            say(f"{dense.name} ({number} of {len(plan)})")
+            _Group(dense, runs, store, output, data_dir, keep_models, say, recipe, failed).run()
+        if PartialState().is_main_process:
+            write_tables(recipe, store, output)
     if failed:
         raise LowRankError(f"{len(failed)} steps failed and are tried again by the same command: {'; '.join(failed)}")
 
@@ -221,18 +224,17 @@ class _Group:
             save_model(model, tokenizer, self.output / "models" / run.name, overwrite=True, record=whole)
 
     def _statistics(self, run: Run) -> Statistics | None:
-        """All that the runs of this model need, measured once; kept for the next time."""
-        settings = [
-            compression_config(each.method, each.budget) for each in self.runs if each.statistics == run.statistics
-        ]
-        needs = list(dict.fromkeys(need for config in settings for need in config.needs))
+        """All that the runs of this model on the same layers need, measured once; kept for the next time."""
+        own = compression_config(run.method, run.budget)
+        include, exclude = own.include, own.exclude
+        configs = [compression_config(it.method, it.budget) for it in self.runs if it.statistics == run.statistics]
+        alike = [config for config in configs if (config.include, config.exclude) == (include, exclude)]
+        needs = list(dict.fromkeys(need for config in alike for need in config.needs))
         if not needs:
             return None
         samples = run.statistics["samples"]
-        folder = self.output / "work" / "statistics" / f"{self.dense.name}--{samples}"
+        folder = self.output / "work" / "statistics" / run.statistics_name
         model, tokenizer = self.base[:2]
-        patterns = {(config.include, config.exclude) for config in settings}
-        include, exclude = next(iter(patterns)) if len(patterns) == 1 else (None, None)
         if (folder / "statistics.json").is_file():
             kept = Statistics.load(folder)
             if _fits(kept, model, needs, include, exclude, samples):

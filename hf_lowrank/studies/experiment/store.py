@@ -6,8 +6,8 @@ from typing import Any
 from accelerate import PartialState
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.files import read_json, write_json
-from hf_lowrank.studies.experiment.plan import difference
 from hf_lowrank.studies.experiment.recipe import Settings
 
 Record = dict[str, Any]
@@ -30,9 +30,9 @@ class Store:
         if not path.is_file():
             return None
         record: Record = read_json(path)
-        if found := difference(record.get("settings"), settings):
+        for part, before, now in differences(record.get("settings"), settings):
             raise LowRankError(
-                f"{path} was made with {found[0]} {found[1]!r}, and the recipe says {found[2]!r}; "
+                f"{path} was made with {part} {before!r}, and the recipe says {now!r}; "
                 "choose another --output, or delete the file"
             )
         return record

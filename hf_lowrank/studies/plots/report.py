@@ -1,6 +1,5 @@
 """An analysis → a folder: plots as PNG, everything as JSON, and one HTML page with all of it, images included."""
 
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.style import data_uri, png_bytes, save_png
-from hf_lowrank.jobs.files import write_json
+from hf_lowrank.jobs.files import write_json, write_text
 from hf_lowrank.studies.analysis import Analysis
 from hf_lowrank.studies.analysis.recommend import LAYER_RULE, MODEL_RULE
 from hf_lowrank.studies.plots import tables
@@ -59,7 +58,7 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         raise LowRankError(f"{folder} is a file; choose a folder")
     if overwrite:
         journal.unlink(missing_ok=True)
-    elif folder.is_dir() and any(folder.iterdir()) and not journal.is_file():
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()) and not journal.is_file():
         raise LowRankError(
             f"{folder} exists and holds no analysis to go on with; choose another folder or pass --overwrite"
         )
@@ -73,9 +72,7 @@ def save_analysis(analysis: Analysis, folder: Path) -> None:
     write_json(folder / RECORD, analysis.to_dict())
     for name, image in images.items():
         save_png(image, folder / f"{name}.png")
-    scratch = folder / f".{PAGE}.partial"
-    scratch.write_text(page(analysis, images), encoding="utf-8")
-    os.replace(scratch, folder / PAGE)
+    write_text(folder / PAGE, page(analysis, images))
 
 
 def figures(analysis: Analysis) -> dict[str, Figure]:
