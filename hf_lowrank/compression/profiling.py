@@ -18,8 +18,8 @@ from hf_lowrank.model.targets import find_targets, unstacked, weight_shape
 from hf_lowrank.model.weights import unwrapped
 from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.statistics.collect import one_by_one
-from hf_lowrank.statistics.losses import Batch, NotSeparable, SampleLosses, own_loss, sample_losses
+from hf_lowrank.statistics.batches import Batch, one_by_one
+from hf_lowrank.statistics.losses import NotSeparable, SampleLosses, own_loss, sample_losses
 
 # The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.
 PROFILE_SAMPLES = 128

@@ -3,10 +3,11 @@
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,18 +19,19 @@ from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import check_weights, find_targets
 from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
 from hf_lowrank.nn.layers_lowrank import is_embedding
+from hf_lowrank.statistics.batches import Batch, Split, batch_size, selected
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
 from hf_lowrank.statistics.kinds import KINDS, accumulate, completed, sum_shape
 from hf_lowrank.statistics.kronecker import RISE, rise
 from hf_lowrank.statistics.losses import (
-    Batch,
     NotSeparable,
     SampleLosses,
     curvature_per_fisher,
     is_regression,
     label_count,
+    labelled,
     own_loss,
     sample_losses,
 )
@@ -41,7 +43,7 @@ AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-2}
 HALF_PRECISION_AGREEMENT = 0.2
 
 # What a pass counts besides its sums.
-COUNTED = ("samples", "tokens", "labels", "batches", "loss", "regression")
+COUNTED = ("seen", "samples", "tokens", "labels", "batches", "loss", "regression")
 
 
 def compute_fisher(
@@ -78,6 +80,7 @@ def compute_statistics(
     progress: bool = True,
     device: torch.device | str | None = None,
     work: Work | None = None,
+    split: Split | None = None,
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
@@ -85,8 +88,9 @@ def compute_statistics(
     Kronecker product takes more, until it comes no nearer (see `RISE`).
 
     The unit is a sample's own task loss: its mean over its own labelled tokens, dropout off. Batches only save time:
-    the first one is checked against its samples taken alone, and where a model mixes samples or has a loss of
-    another form, every sample is run alone with the model's own loss.
+    the first two samples of one are checked against the same taken alone, and where a model mixes samples, has a loss
+    of another form or takes no batches, every sample is run alone with the model's own loss. A sample without any label
+    (all are -100) adds nothing and is not counted, wherever it stands.
 
     Args:
         model: any transformers model; it is as it was afterwards.
@@ -99,12 +103,16 @@ def compute_statistics(
         progress: whether a bar is shown.
         device: where the sums are kept; by default beside their layer. "cpu" spares an accelerator's memory.
         work: where sums are checkpointed, and from where they go on, to the same bits (see `Work.open`).
+        split: what makes of a batch one batch for each of its samples, which are then run alone. For models whose
+            inputs are not one entry for each sample, such as the patches of several images in a row; batches of single
+            samples need none.
 
     A model wrapped in DistributedDataParallel is taken out of it. One sharded by FSDP2 is measured as it is, all
     processes going step by step; it cannot be resumed.
 
     Raises:
-        LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite.
+        LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite; a batch
+            that cannot be split into samples.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -122,7 +130,7 @@ def compute_statistics(
         if measured is not None and _settled(measured):
             break
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
-        run = _Pass(model, targets, part, measured, None if device is None else torch.device(device))
+        run = _Pass(model, targets, part, measured, None if device is None else torch.device(device), split)
         together = nullcontext() if run.sharded else shared_errors()  # sharded models go step by step
         shown_by = bar(title, _length(loader), "samples", progress)
         with shown_by as shown, measuring(model, targets, run.recorder), together:
@@ -139,13 +147,13 @@ def _run(run: "_Pass", loader: Iterable[Batch], shown: Any, checkpoints: Checkpo
     """Take a pass through what is left of the data, with a checkpoint now and then, and when stopped."""
     if checkpoints is not None and (state := checkpoints.load()) is not None:
         run.restore(*state)
-        shown.update(run.samples)
+        shown.update(run.seen)
     batches = lockstep(loader) if run.sharded else ((batch, True) for batch in loader)
     try:
         for batch, counts in islice(batches, run.batches, None):
             with undivided():
                 run.add(batch, counts)
-            shown.update(run.samples - shown.n)
+            shown.update(run.seen - shown.n)
             if checkpoints is not None and checkpoints.due():
                 checkpoints.save(run.state())
         if checkpoints is not None and PartialState().num_processes > 1:
@@ -176,6 +184,13 @@ def _refuse_embeddings(targets: dict[str, nn.Module], kinds: Sequence[str]) -> N
         raise LowRankError(f"{embeddings[0]}: {dense[0]} cannot be measured of an embedding; take another method")
 
 
+class _Part(NamedTuple):
+    """What is run at once: a batch, and the numbers of its samples in the order of the data."""
+
+    batch: Batch
+    numbers: list[int]
+
+
 class _Pass:
     """The state of one pass: the sums so far, and how samples are fed to the model."""
 
@@ -186,15 +201,17 @@ class _Pass:
         kinds: Sequence[str],
         given: Statistics | None,
         device: torch.device | None,
+        split: Split | None = None,
     ) -> None:
-        self.model, self.targets, self.given, self.device = model, targets, given, device
+        self.model, self.targets, self.given, self.device, self.split = model, targets, given, device, split
         self.kinds = [kind for kind in kinds if not KINDS[kind].of_input]
         of_input = [kind for kind in kinds if KINDS[kind].of_input]
         self.shared = InputSums(of_input, targets, device) if of_input else None
         self.contexts: dict[tuple[str, str], Any] = {}
-        self.losses: SampleLosses | None = None  # decided on the first batch; own_loss means one sample at a time
+        # Decided on the first batch with two samples; own_loss means one sample at a time, as until then.
+        self.losses: SampleLosses | None = own_loss if split is not None else None
         self.sums = self._empty(self.kinds)
-        self.samples = self.tokens = self.labels = self.batches = 0
+        self.seen = self.samples = self.tokens = self.labels = self.batches = 0
         self.loss, self.regression = 0.0, False
         self.probing = self.idle = False
         self.sharded = is_sharded(model)
@@ -204,21 +221,48 @@ class _Pass:
 
     def add(self, batch: Batch, counts: bool = True) -> None:
         """Add the samples of one batch to the sums, or only run the model on them while other processes count."""
-        batch = {key: value.to(self.place) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        if self.losses is None:
-            self.losses = self._choose_losses(batch)
-        parts = [batch] if self.losses is sample_losses else list(one_by_one(batch))
-        steps = max(from_everyone(len(parts))) if self.sharded else len(parts)
-        for step in range(steps):
-            part = parts[min(step, len(parts) - 1)]
+        batch = send_to_device(dict(batch), self.place)
+        parts, size = self._parts(batch)
+        for step in range(max(self._everyone(len(parts)))):
             self.idle = not counts or step >= len(parts)
-            self._backward(part, self.losses, self.samples)
+            part = parts[step] if step < len(parts) else self._any_sample(batch)
+            try:
+                self._backward(part, self.losses or own_loss)
+            except NotSeparable:
+                raise LowRankError(
+                    f"{type(self.model).__name__}: the samples of a batch cannot be told apart, though those of an "
+                    "earlier one could; give batches of a single sample"
+                ) from None
             if self.shared is not None:
                 self.shared.end_batch()
-            self.samples += 0 if self.idle else _size(part)
-            self.labels += 0 if self.idle else label_count(self.model, part)
+            if not self.idle:
+                self._count(part)
         self.batches += 1
-        self.tokens += int(batch["attention_mask"].sum()) if counts and "attention_mask" in batch else 0
+        self.seen += size if counts else 0
+
+    def _parts(self, batch: Batch) -> tuple[list["_Part"], int]:
+        """What of a batch is run at once, all of it or single samples, without those that have no label; its size."""
+        if self.split is not None:
+            alone = [_Part(sample, [self.seen + n]) for n, sample in enumerate(self.split(batch))]
+            return [part for part in alone if labelled(self.model, part.batch)], len(alone)
+        known = labelled(self.model, batch)
+        if self.losses is None:
+            self.losses = self._choose_losses(batch, known)
+        together = [known] if known else []
+        groups = together if self.losses is sample_losses else [[n] for n in known]
+        return [self._part(batch, numbers) for numbers in groups], batch_size(batch)
+
+    def _part(self, batch: Batch, samples: list[int]) -> "_Part":
+        return _Part(selected(batch, samples), [self.seen + n for n in samples])
+
+    def _any_sample(self, batch: Batch) -> "_Part":
+        """Something to run the model on, to no end but that other processes do."""
+        return _Part(next(iter(self.split(batch))), [0]) if self.split is not None else self._part(batch, [0])
+
+    def _count(self, part: "_Part") -> None:
+        self.samples += len(part.numbers)
+        self.labels += label_count(self.model, part.batch, len(part.numbers))
+        self.tokens += int(part.batch["attention_mask"].sum()) if "attention_mask" in part.batch else 0
 
     def state(self) -> Result:
         """Everything that has been found out, between two batches."""
@@ -269,59 +313,65 @@ class _Pass:
 
     def result(self, origin: dict[str, Any]) -> Statistics:
         """The statistics of all processes together."""
-        counts = summed(torch.tensor([self.samples, self.tokens, self.labels]))
+        counts = summed(torch.tensor([self.samples, self.tokens, self.labels, self.seen]))
         loss = float(summed(torch.tensor(self.loss, dtype=torch.float64)))
         for kind, sums in self.sums.items():
             for name, total in sums.items():
                 sums[name] = completed(kind, summed(total))
         shared = self.shared.result() if self.shared is not None else {}
         if counts[0] == 0:
-            raise LowRankError("there are no samples to measure statistics on")
+            known = "none of them has a label" if counts[3] else "the data are empty"
+            raise LowRankError(f"there are no samples to measure statistics on: {known}")
         weights = {name: digest(module) for name, module in self.targets.items()}
-        samples, tokens, labels = counts.tolist()
-        curvature = curvature_per_fisher(self.regression, loss / samples, labels / samples)
+        samples, tokens, labels, _ = counts.tolist()
+        regression = any(from_everyone(self.regression))  # a process without samples cannot know
+        curvature = curvature_per_fisher(regression, loss / samples, labels / samples)
         return Statistics(self.sums | shared, samples, tokens, weights, origin, curvature)
 
-    def _backward(self, batch: Batch, losses_of: SampleLosses, first: int) -> None:
-        """Deliver every layer's share of a batch, whose first sample has the number `first`."""
-        self.recorder.begin_batch(_size(batch))
+    def _backward(self, part: "_Part", losses_of: SampleLosses) -> None:
+        """Deliver every layer's share of some samples."""
+        self.recorder.begin_batch(len(part.numbers))
         self.finite.clear()
         with torch.enable_grad():
-            losses = losses_of(self.model, batch)
-            _check_finite({"the loss": torch.isfinite(losses)}, first)
+            losses = losses_of(self.model, part.batch)
+            if not self.idle:
+                _check_finite({"the loss": torch.isfinite(losses)}, part.numbers)
             losses.sum().backward()
         if not (self.idle or self.probing):
             self.loss += float(losses.detach().double().sum())
-            self.regression = is_regression(self.model, batch)
+            self.regression = is_regression(self.model, part.batch)
         self.recorder.end_batch()
         gradients = {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
-        _check_finite(gradients, first)
+        _check_finite(gradients, part.numbers)
 
-    def _choose_losses(self, batch: Batch) -> SampleLosses:
-        """`sample_losses` if two samples together give what the model's own loss gives alone, else `own_loss`."""
-        alone = list(one_by_one(batch))[:2]
-        if min(self._everyone(len(alone))) < 2:
-            return own_loss
-        together = {key: _slice(value, slice(0, 2), _size(batch)) for key, value in batch.items()}
-        allowed = AGREEMENT.get(self.model.dtype, HALF_PRECISION_AGREEMENT)
+    def _choose_losses(self, batch: Batch, samples: list[int]) -> SampleLosses | None:
+        """`sample_losses` if two of these together give what the model's own loss gives alone, else `own_loss`.
+
+        None where there are no two.
+        """
+        if min(self._everyone(len(samples))) < 2:
+            return None
+        expected = self._probe([self._part(batch, [n]) for n in samples[:2]], own_loss)
         try:
-            expected, fast = self._probe(alone, own_loss), self._probe([together], sample_losses)
-        except NotSeparable:
-            return own_loss
-        agree = all(_difference(fast[name], expected[name]) <= allowed for name in self.targets)
+            fast = self._probe([self._part(batch, samples[:2])], sample_losses)
+        except Exception:  # what each sample alone did well: batches are not for this model
+            agree = False
+        else:
+            allowed = AGREEMENT.get(self.model.dtype, HALF_PRECISION_AGREEMENT)
+            agree = all(_difference(fast[name], expected[name]) <= allowed for name in self.targets)
         return sample_losses if all(self._everyone(agree)) else own_loss
 
     def _everyone(self, value: Any) -> list[Any]:
         """That of all processes, where they must go in step."""
         return from_everyone(value) if self.sharded else [value]
 
-    def _probe(self, parts: list[Batch], losses_of: SampleLosses) -> dict[str, Tensor]:
+    def _probe(self, parts: list["_Part"], losses_of: SampleLosses) -> dict[str, Tensor]:
         """The row Fisher of every layer over a few samples, leaving the sums alone."""
         kept = self.kinds, self.sums
         self.kinds, self.sums, self.probing = ["fisher_rows"], self._empty(["fisher_rows"]), True
         try:
-            for number, part in enumerate(parts):
-                self._backward(part, losses_of, number)
+            for part in parts:
+                self._backward(part, losses_of)
             return self.sums["fisher_rows"]
         finally:
             (self.kinds, self.sums), self.probing = kept, False
@@ -353,35 +403,17 @@ def lockstep(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         yield last, batch is not None
 
 
-def _check_finite(finite: dict[str, Tensor], first: int) -> None:
-    """Raise for the first thing [samples] that is not finite, after one synchronisation with the device."""
+def _check_finite(finite: dict[str, Tensor], numbers: list[int]) -> None:
+    """Raise for the first thing that is not finite, of samples with these numbers, after one synchronisation."""
     if not finite or torch.stack(list(finite.values())).all():
         return
     what, samples = next((what, samples) for what, samples in finite.items() if not samples.all())
-    sample = first + int((~samples).nonzero()[0])
+    sample = numbers[int((~samples).nonzero()[0])]
     raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm()) if b.norm() > 0 else float(a.norm())
-
-
-def _size(batch: Batch) -> int:
-    """The number of samples: the length of the labels, or of the first tensor."""
-    tensor = batch.get("labels", next(value for value in batch.values() if isinstance(value, Tensor)))
-    return len(tensor)
-
-
-def one_by_one(batch: Batch) -> Iterator[Batch]:
-    """The samples of a batch, as batches of one."""
-    size = _size(batch)
-    for n in range(size):
-        yield {key: _slice(value, slice(n, n + 1), size) for key, value in batch.items()}
-
-
-def _slice(value: Any, part: slice, size: int) -> Any:
-    several = isinstance(value, list) or (isinstance(value, Tensor) and value.ndim > 0)
-    return value[part] if several and len(value) == size else value
 
 
 def _length(loader: Any) -> int | None:

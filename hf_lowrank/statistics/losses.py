@@ -1,7 +1,6 @@
 """The loss of every sample of a batch, as the model itself would compute it for that sample alone."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.statistics.batches import Batch, batch_size
 
-Batch = dict[str, Any]
 SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
 
 IGNORED = -100
@@ -55,11 +54,25 @@ def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     raise NotSeparable
 
 
-def label_count(model: PreTrainedModel, batch: Batch) -> int:
-    """How many labels the losses of a batch are means over: its labelled tokens, or one for each sample."""
+def labelled(model: PreTrainedModel, batch: Batch) -> list[int]:
+    """The samples of a batch that have a label at all: a text of one token has none for a causal language model."""
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
-        return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
+        return list(range(batch_size(batch)))
+    known = (labels[:, 1:] if _is_causal(model) and labels.ndim > 1 else labels) != IGNORED
+    return known.flatten(1).any(dim=1).nonzero()[:, 0].tolist() if labels.ndim > 1 else known.nonzero()[:, 0].tolist()
+
+
+def label_count(model: PreTrainedModel, batch: Batch, samples: int) -> int:
+    """How many labels the losses of a batch are means over: its labelled tokens, its numbers, or one for each sample.
+
+    Several numbers for a sample are a vector to predict, or a yes or no for each of its labels.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return samples
+    if labels.is_floating_point():
+        return labels.numel() if labels.shape[1] == getattr(model.config, "num_labels", None) else samples
     return int(((labels[:, 1:] if _is_causal(model) else labels) != IGNORED).sum())
 
 
@@ -74,13 +87,13 @@ def is_regression(model: PreTrainedModel, batch: Batch) -> bool:
 def curvature_per_fisher(regression: bool, loss: float, labels: float) -> float:
     """What the Fisher information of samples' losses is multiplied by to be the curvature of the mean loss.
 
-    They are equal for a log likelihood with one label for each sample. The mean over a sample's T labelled tokens has
-    the curvature of one token, but T times less squared gradient, tokens being nearly independent: `labels` is the mean
-    T. A squared error with residuals r has curvature 2 JJᵀ and squared gradient 4 r² JJᵀ: the factor is 1 / (2 E r²),
-    `loss` being E r².
+    They are equal for a log likelihood with one label for each sample. The mean over a sample's T labels (tokens,
+    numbers, classes that may each apply) has the curvature of one of them, but T times less squared gradient, labels
+    being nearly independent: `labels` is the mean T. A squared error with residuals r has curvature 2 JJᵀ and squared
+    gradient 4 r² JJᵀ: the factor is T / (2 E r²), `loss` being E r².
     """
     if regression:
-        return 1 / (2 * loss) if loss > 0 else 1.0
+        return labels / (2 * loss) if loss > 0 else 1.0
     return labels
 
 

@@ -19,6 +19,7 @@ from hf_lowrank.allocation.latency import measured_latency
 from hf_lowrank.compression.profiling import mean_loss, profile_losses
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import divided, on_main, shares
+from hf_lowrank.jobs.files import write_json
 from hf_lowrank.model.weights import model_digest, unwrapped
 from hf_lowrank.statistics.collect import lockstep
 from hf_lowrank.statistics.shared import InputSums
@@ -76,6 +77,30 @@ def test_processes_without_samples_take_part(tmp_path: Path) -> None:
     Job(tmp_path / "job", measure_share, tmp_path / "measured", processes=4).done()
     expected = compute_statistics(tiny_bert(), batches(), KINDS, progress=False)
     assert_equal_up_to_order(Statistics.load(tmp_path / "measured"), expected)
+
+
+def numbers() -> list[dict[str, torch.Tensor]]:
+    """Six samples in two batches with a number as label, hard to predict in the first and easy in the second."""
+    whole = padded_batch(torch.tensor([9.0, -5.0, 7.0, 0.1, 0.2, 0.3]), lengths=(9, 8, 6, 4, 5, 7))
+    return [{key: value[part] for key, value in whole.items()} for part in (slice(0, 3), slice(3, 6))]
+
+
+def compress_a_regression(folder: Path) -> None:
+    state, config = PartialState(), CompressionConfig(keep=0.5)
+    mine = numbers()[state.process_index :: state.num_processes]
+    statistics = compute_statistics(tiny_bert(num_labels=1), mine, config.needs, progress=False)
+    _, report = compress(tiny_bert(num_labels=1), config, statistics, progress=False)
+    write_json(folder / f"{state.process_index}.json", [statistics.curvature, report.ranks, report.expected_loss])
+
+
+def test_the_curvature_of_a_regression_is_that_of_one_process(tmp_path: Path) -> None:
+    """Everyone's loss counts, and a process without samples, here the third, knows that it is a squared error."""
+    Job(tmp_path / "job", compress_a_regression, tmp_path, processes=3).done()
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    compress_a_regression(tmp_path)
+    curvature, ranks, increase = json.loads((tmp_path / "0.json").read_text())
+    close = [pytest.approx(curvature, rel=1e-4), ranks, pytest.approx(increase, rel=1e-3)]
+    assert found == [close] * 3
 
 
 def part_differently(output: Path) -> None:

@@ -83,6 +83,17 @@ def test_kfac_is_the_mean_squared_change_of_the_loss_where_tokens_are_independen
     assert float(error) == pytest.approx(float(change.square().mean()), rel=0.1)
 
 
+@pytest.mark.parametrize(("side", "damping"), [("activation_moment", 1e-3), ("gradient_moment", 1e-2)])
+def test_second_moments_are_damped_by_a_share_of_their_mean_diagonal(side: str, damping: float) -> None:
+    """1e-3 of that of inputs, 1e-2 of that of gradients: what a direction costs that no sample has."""
+    moments = {"activation_moment": torch.eye(4), "gradient_moment": torch.eye(4), "active_tokens": torch.tensor(1.0)}
+    moments[side] = torch.diag(torch.tensor([4.0, 4.0, 0.0, 0.0]))
+    objective, change = METHODS["kfac"].objective(moments), torch.zeros(2, 4, 4)
+    change[0, 0, 0] = change[1, 3, 3] = 1.0
+    seen, unseen = (float(objective.error(delta)) for delta in change)
+    assert unseen / seen == pytest.approx(2 * damping / (4 + 2 * damping), rel=1e-4)
+
+
 def test_ekfac_measures_the_exact_fisher_of_the_rotated_weight() -> None:
     x, g = samples()
     means = statistics_of(x, g)

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForTokenClassification, PreTrainedModel
+import torch.nn.functional as F
+from torch import nn
+from transformers import BertForTokenClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statistics
@@ -132,9 +135,7 @@ def test_row_form_is_the_same_for_short_and_long_samples() -> None:
 def test_known_losses_run_in_batches_and_others_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     original = collect._Pass._choose_losses
-    monkeypatch.setattr(
-        collect._Pass, "_choose_losses", lambda self, batch: chosen.append(original(self, batch)) or chosen[-1]
-    )
+    monkeypatch.setattr(collect._Pass, "_choose_losses", lambda *given: chosen.append(original(*given)) or chosen[-1])
     compute_fisher(tiny_bert(num_labels=3), [padded_batch(torch.tensor([0, 2, 1, 2]))], progress=False)
     compute_fisher(tiny_llama(), [padded_batch(lengths=(9, 4, 7))], progress=False)
     compute_fisher(tiny_t5(), [padded_batch(lengths=(9, 4, 7))], progress=False)
@@ -223,6 +224,48 @@ def test_the_curvature_of_the_loss_is_known() -> None:
     assert (
         compute_statistics(token_classifier(), [token_batch()], ["fisher_rows"], progress=False).curvature == labelled
     )
+
+
+class OneLayer(PreTrainedModel):
+    """A linear layer whose outputs are logits or predictions."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, outputs: int, problem_type: str) -> None:
+        super().__init__(PreTrainedConfig(num_labels=outputs, problem_type=problem_type))
+        self.blocks = nn.ModuleList([nn.Linear(4, outputs)])
+
+    def forward(self, states: torch.Tensor, labels: torch.Tensor | None = None) -> SequenceClassifierOutput:
+        logits = self.blocks[0](states)
+        loss = None if labels is None else self.mean_loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def mean_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze())
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+@pytest.mark.parametrize("outputs", [1, 8])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_the_curvature_is_that_of_the_mean_loss(problem_type: str, outputs: int) -> None:
+    """The Hessian by autograd, on labels that the model itself would draw."""
+    torch.manual_seed(0)
+    model, states = OneLayer(outputs, problem_type), torch.randn(20_000, 4) * torch.tensor([0.3, 1.0, 2.0, 0.5])
+    with torch.no_grad():
+        logits = model(states).logits
+    noise = 0.5 * torch.randn_like(logits)
+    labels = logits + noise if problem_type == "regression" else torch.bernoulli(logits.sigmoid())
+
+    def mean_loss(weight: torch.Tensor) -> torch.Tensor:
+        return model.mean_loss(F.linear(states, weight, model.blocks[0].bias), labels)
+
+    weight = model.blocks[0].weight.detach()
+    hessian = torch.autograd.functional.hessian(mean_loss, weight).reshape(weight.numel(), -1).diagonal()
+    batches = [{"states": x, "labels": y} for x, y in zip(states.split(5000), labels.split(5000), strict=True)]
+    measured = compute_fisher(model, batches, progress=False)
+    found = measured.curvature * measured.mean("fisher", "blocks.0")
+    torch.testing.assert_close(found.flatten(), hessian, rtol=0.1, atol=0)
 
 
 def test_bad_numbers_are_named() -> None:
