@@ -18,8 +18,8 @@ from hf_lowrank.model.targets import find_targets, unstacked, weight_shape
 from hf_lowrank.model.weights import unwrapped
 from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.statistics.batches import Batch, one_by_one
-from hf_lowrank.statistics.losses import NotSeparable, SampleLosses, own_loss, sample_losses
+from hf_lowrank.statistics.batches import Batch, one_by_one, selected
+from hf_lowrank.statistics.losses import SampleLosses, labelled, own_loss, sample_losses
 
 # The ranks that are measured, as shares of min(in, out), and on how many samples of the training data commands do it.
 PROFILE_SAMPLES = 128
@@ -44,7 +44,8 @@ def profile_losses(
     Raises:
         LowRankError: as `compress` and `mean_loss`.
     """
-    model, batches = unwrapped(model), list(loader)
+    model = unwrapped(model)
+    batches = _with_labels(model, loader)
     targets = find_targets(model, config.include, config.exclude)
     solver = layer_solver(targets, config, statistics)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
@@ -64,12 +65,13 @@ def profile_losses(
 def mean_loss(model: PreTrainedModel, batches: Iterable[Batch], losses: SampleLosses | None = None) -> float:
     """The mean of the samples' own losses, dropout off, over the batches of all processes, each giving its share.
 
-    `losses` says how they are found (see `sample_losses_of`); by default as the first batch allows.
+    Samples without any label are left out. `losses` says how losses are found (see `sample_losses_of`); by default as
+    the first batch allows.
 
     Raises:
         LowRankError: on all processes, where on one the batches have no labels, or there are none at all.
     """
-    own = list(batches)
+    own = _with_labels(model, batches)
     losses = losses or sample_losses_of(model, own)
     total, samples = 0.0, 0
     with shared_errors():
@@ -91,13 +93,20 @@ def sample_losses_of(model: PreTrainedModel, batches: Sequence[Batch]) -> Sample
     agree = True
     with shared_errors():
         for batch in batches[:1]:
-            alone = _evaluated(model, next(one_by_one(batch)), own_loss).nan_to_num()  # without a label of its own
+            alone = _evaluated(model, next(one_by_one(batch)), own_loss)
             try:
                 together = _evaluated(model, batch, sample_losses)[:1]
                 agree = torch.allclose(together.float(), alone.float(), rtol=AGREEMENT, atol=AGREEMENT)
-            except NotSeparable:
+            except Exception:  # what a sample alone did well: batches are not for this model
                 agree = False
     return sample_losses if all(from_everyone(agree)) else _losses_one_by_one
+
+
+def _with_labels(model: PreTrainedModel, batches: Iterable[Batch]) -> list[Batch]:
+    kept: list[Batch] = []
+    with shared_errors():
+        kept += [selected(batch, known) for batch in batches if (known := labelled(model, batch))]
+    return kept
 
 
 def _losses_one_by_one(model: PreTrainedModel, batch: Batch) -> Tensor:
