@@ -1,10 +1,10 @@
 """A budget as a person thinks of it → what the targeted layers may cost together, and in which unit."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_lowrank.allocation.costs import Cost, Shape, flops, parameters
+from hf_lowrank.allocation.costs import Cost, Shape, Uses, flops, parameters
 from hf_lowrank.errors import LowRankError
 
 if TYPE_CHECKING:
@@ -16,9 +16,11 @@ BUDGETS = {
     "keep": "share to keep of the targeted layers' parameters, those that no sample reached apart",
     "keep_model": "share of the whole model's parameters to keep",
     "params": "parameters of the whole compressed model, such as 66.5M",
-    "flops": "floating-point operations of one token through the targeted layers, such as 28M",
+    "flops": "floating-point operations of one token through the targeted layers, every use counted, such as 28M",
     "latency": "share of the targeted layers' time to keep, measured on this machine",
 }
+
+PER_USE = ("flops", "latency")  # budgets of what layers do, not of what they are
 
 
 class ImpossibleBudget(LowRankError):
@@ -55,24 +57,27 @@ class Limit:
     cost: Cost
     shown: Callable[[float], float]
 
+    def cost_of(self, uses: Uses) -> Callable[[Shape, int | None], float]:
+        """What a layer with these uses costs, by its shape and rank."""
+        return lambda shape, rank: self.cost(shape, rank, uses)
+
 
 def limit_of(
-    budget: Budget, shapes: Iterable[Shape], model_parameters: int, others: float, probe: "torch.Tensor"
+    budget: Budget, layers: Sequence[tuple[Shape, Uses]], model_parameters: int, others: float, probe: "torch.Tensor"
 ) -> Limit:
-    """What a budget other than a rank ratio allows layers of these shapes.
+    """What a budget other than a rank ratio allows layers of these shapes and uses.
 
     `model_parameters` are those of the dense model, `others` those that the model has besides these layers. `probe` is
     any weight of the model: latency is measured in its dtype on its device.
     """
-    shapes = list(shapes)
-    dense = sum(parameters(shape, None) for shape in shapes)
+    dense = sum(parameters(shape, None) for shape, _ in layers)
     if budget.kind == "flops":
         return Limit(budget.value, flops, lambda total: total)
     if budget.kind == "latency":
         from hf_lowrank.allocation.latency import measured_latency  # here: torch takes time to import
 
-        cost = measured_latency(shapes, probe.dtype, probe.device)
-        whole = sum(cost(shape, None) for shape in shapes)
+        cost = measured_latency(layers, probe.dtype, probe.device)
+        whole = sum(cost(shape, None, uses) for shape, uses in layers)
         return Limit(budget.value * whole, cost, lambda total: total / whole)
     if budget.kind == "keep":
         return Limit(budget.value * dense, parameters, lambda total: total / dense)

@@ -1,9 +1,9 @@
 """What an allocation chooses from: the ranks a layer may have, what each costs, and what loss each adds."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from hf_lowrank.allocation.costs import Cost, Shape
+from hf_lowrank.allocation.costs import Shape
 
 Ranks = dict[str, int | None]  # None: the layer stays as it is, dense or at the rank it has
 
@@ -31,7 +31,7 @@ class Choices:
 
 def layer_choices(
     shape: Shape,
-    cost: Cost,
+    cost: Callable[[Shape, int | None], float],
     candidates: Iterable[int] | None = None,
     least: float = 0,
     most: float = float("inf"),

@@ -1,19 +1,31 @@
 """What a layer costs at a rank, in parameters or arithmetic; in time measured on this machine, see `latency.py`."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hf_lowrank.errors import LowRankError
 
 Shape = tuple[int, int]  # (out, in)
-Cost = Callable[[Shape, int | None], float]  # rank None: dense
 
 
-def parameters(shape: Shape, rank: int | None) -> int:
-    """The parameters of a layer's weight [out, in], or of its two factors."""
+@dataclass(frozen=True)
+class Uses:
+    """How often a token passes through a layer: by a product with its weight, and by a lookup in it (an embedding)."""
+
+    products: int = 1
+    lookups: int = 0
+
+
+ONCE = Uses()
+Cost = Callable[[Shape, int | None, Uses], float]  # rank None: dense
+
+
+def parameters(shape: Shape, rank: int | None, uses: Uses = ONCE) -> int:
+    """The parameters of a layer's weight [out, in], or of its two factors, however often they are used."""
     return shape[0] * shape[1] if rank is None else rank * sum(shape)
 
 
-def minimal_parameters(shape: Shape, rank: int | None) -> int:
+def minimal_parameters(shape: Shape, rank: int | None, uses: Uses = ONCE) -> int:
     """The parameters of a layer in interpolative form: the dimension of the matrices of its rank."""
     return shape[0] * shape[1] if rank is None else rank * (sum(shape) - rank)
 
@@ -28,9 +40,18 @@ def saves_parameters(shape: Shape, rank: int) -> bool:
     return parameters(shape, rank) < parameters(shape, None)
 
 
-def flops(shape: Shape, rank: int | None) -> int:
-    """The floating-point operations of one token through a layer: a multiplication and an addition per parameter."""
-    return 2 * parameters(shape, rank)
+def flops(shape: Shape, rank: int | None, uses: Uses = ONCE) -> int:
+    """The floating-point operations of one token: a multiplication and an addition per parameter of every product.
+
+    A lookup in an embedding [width, tokens] takes none; in a factorized one, r numbers are looked up and widened.
+    """
+    lookup = 0 if rank is None else rank * shape[0]
+    return 2 * (uses.products * parameters(shape, rank) + uses.lookups * lookup)
+
+
+def minimal_flops(shape: Shape, rank: int | None, uses: Uses = ONCE) -> int:
+    """The same of a linear layer in interpolative form."""
+    return 2 * uses.products * minimal_parameters(shape, rank)
 
 
 def in_interpolative_form(cost: Cost) -> Cost:
@@ -41,5 +62,4 @@ def in_interpolative_form(cost: Cost) -> Cost:
     """
     if cost not in (parameters, flops):
         raise LowRankError("a latency budget is for plain factors: give another budget with the interpolative form")
-    per_parameter = 1 if cost is parameters else 2
-    return lambda shape, rank: per_parameter * minimal_parameters(shape, rank)
+    return minimal_parameters if cost is parameters else minimal_flops

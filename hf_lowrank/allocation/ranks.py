@@ -1,14 +1,22 @@
 """A budget, spread over the targeted layers by an allocation within bounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.allocation.budget import AlreadySmaller, Budget, ImpossibleBudget, Limit, check_range, limit_of
+from hf_lowrank.allocation.budget import (
+    PER_USE,
+    AlreadySmaller,
+    Budget,
+    ImpossibleBudget,
+    Limit,
+    check_range,
+    limit_of,
+)
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
-from hf_lowrank.allocation.costs import Cost, Shape, flops, in_interpolative_form, parameters, parameters_at
+from hf_lowrank.allocation.costs import ONCE, Cost, Shape, Uses, flops, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
@@ -28,6 +36,7 @@ def allocate(
     profile: Profile | None = None,
     form: str = "factors",
     saved: int = 0,
+    uses: Mapping[str, Uses] | None = None,
 ) -> Ranks:
     """The rank of every target, None where it stays as it is, that together cost no more than the budget.
 
@@ -41,20 +50,22 @@ def allocate(
         form: that of the factorized layers, which decides what a rank costs. A rank ratio stands for what plain factors
             of it cost, so that another form gets larger ranks for the same number of parameters.
         saved: parameters by which the model is smaller already than the dense one.
+        uses: how often a token passes through each target, for budgets of `PER_USE`; once where that is not said.
 
     Raises:
         LowRankError: the budget is below the least possible or above the present size, or the profile is missing.
     """
-    _refuse_convolutions(targets, budget)
-    _refuse_routed(targets, budget)
+    refuse_uncounted(targets, budget)
     rule = get_allocation(spread.allocation)
-    limit, plain = _limited(targets, model_parameters, budget, spread, form, saved)
+    limit, plain = _limited(targets, model_parameters, budget, spread, form, saved, uses or {})
     total = max(limit.total, cheapest(plain))  # but for rounding
     chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
     if rule.losses != "none":
         uniform = {name: each.ranks[chosen[name]] for name, each in plain.items()}
+        cost_of = {name: limit.cost_of((uses or {}).get(name, ONCE)) for name in plain}
+        from_spectrum = rule.losses == "spectrum"
         choices = {
-            name: _bounded(each, uniform[name], limit, spread, spectrum if rule.losses == "spectrum" else None, name)
+            name: _bounded(each, uniform[name], cost_of[name], spread, spectrum if from_spectrum else None, name)
             for name, each in plain.items()
         }
         if rule.losses == "profile":
@@ -70,7 +81,11 @@ def allocate(
 
 def uniform_ranks(shapes: dict[str, Shape], rank_ratio: float) -> dict[str, int]:
     """rank_ratio · min(in, out) for every layer, rounded, at least 1. The papers' setting."""
-    return {name: max(1, round(rank_ratio * min(shape))) for name, shape in shapes.items()}
+    return {name: _uniform_rank(shape, rank_ratio) for name, shape in shapes.items()}
+
+
+def _uniform_rank(shape: Shape, rank_ratio: float) -> int:
+    return max(1, round(rank_ratio * min(shape)))
 
 
 def check_budget(
@@ -80,21 +95,31 @@ def check_budget(
     spread: Spread,
     form: str = "factors",
     saved: int = 0,
+    uses: Mapping[str, Uses] | None = None,
 ) -> None:
     """Raise where no ranks meet the budget, before anything is measured for it. Arguments as in `allocate`.
 
     Raises:
         ImpossibleBudget: the message gives the possible range.
     """
+    refuse_uncounted(targets, budget)
+    if budget.kind != "latency":  # that takes a measurement itself
+        _limited(targets, model_parameters, budget, spread, form, saved, uses or {})
+
+
+def refuse_uncounted(targets: dict[str, nn.Module], budget: Budget) -> None:
+    """Raise where the budget counts what a forward pass does, and that is not the same for every token.
+
+    Raises:
+        LowRankError: the message names the layer.
+    """
     _refuse_convolutions(targets, budget)
     _refuse_routed(targets, budget)
-    if budget.kind != "latency":  # that takes a measurement itself
-        _limited(targets, model_parameters, budget, spread, form, saved)
 
 
 def _refuse_convolutions(targets: dict[str, nn.Module], budget: Budget) -> None:
     convolution = next((name for name, module in targets.items() if is_convolution(module)), None)
-    if convolution is not None and budget.kind in ("flops", "latency"):
+    if convolution is not None and budget.kind in PER_USE:
         raise LowRankError(
             f"{convolution}: what a convolution costs depends on the size of its input, which the budget {budget.kind} "
             "does not know: give keep, keep_model, params or rank_ratio, or exclude the convolutions"
@@ -104,7 +129,7 @@ def _refuse_convolutions(targets: dict[str, nn.Module], budget: Budget) -> None:
 def _refuse_routed(targets: dict[str, nn.Module], budget: Budget) -> None:
     """Arithmetic and time are counted for one token through every layer, and a token visits few of the experts."""
     expert = next((name for name in targets if is_expert_layer(name)), None)
-    if budget.kind in ("flops", "latency") and expert is not None:
+    if budget.kind in PER_USE and expert is not None:
         raise LowRankError(
             f"a {budget.kind} budget counts every layer for every token, and {expert} sees only those routed to it: "
             "give a budget of parameters (rank_ratio, keep, keep_model, params), or exclude the experts"
@@ -112,20 +137,26 @@ def _refuse_routed(targets: dict[str, nn.Module], budget: Budget) -> None:
 
 
 def _limited(
-    targets: dict[str, nn.Module], model_parameters: int, budget: Budget, spread: Spread, form: str, saved: int
+    targets: dict[str, nn.Module],
+    model_parameters: int,
+    budget: Budget,
+    spread: Spread,
+    form: str,
+    saved: int,
+    uses: Mapping[str, Uses],
 ) -> tuple[Limit, dict[str, Choices]]:
     """What all layers may cost together, and what each may choose from, bounds apart."""
     shapes = {name: weight_shape(module) for name, module in targets.items()}
+    used = {name: uses.get(name, ONCE) for name in targets}
     others = model_parameters - saved - sum(_kept_cost(module, parameters, "factors") for module in targets.values())
-    limit = _limit(budget, shapes, model_parameters, others, next(iter(next(iter(targets.values())).parameters())))
+    layers = [(shapes[name], used[name]) for name in targets]
+    limit = _limit(budget, layers, model_parameters, others, next(iter(next(iter(targets.values())).parameters())))
     if form == "interpolative":
         limit = replace(limit, cost=in_interpolative_form(limit.cost))
-    plain = {
-        name: layer_choices(
-            shapes[name], limit.cost, ranks_below(module, spread), kept=_kept_cost(module, limit.cost, form)
-        )
-        for name, module in targets.items()
-    }
+    plain = {}
+    for name, module in targets.items():
+        kept = _kept_cost(module, limit.cost, form, used[name])
+        plain[name] = layer_choices(shapes[name], limit.cost_of(used[name]), ranks_below(module, spread), kept=kept)
     if budget.kind == "rank_ratio" and spread.allocation == "uniform":  # what has fewer ranks leaves none to others
         ranks = uniform_ranks(shapes, budget.value)
         each = {name: parameters_at(shape, ranks[name]) for name, shape in shapes.items()}
@@ -137,21 +168,25 @@ def _limited(
         )
     if budget.kind != "rank_ratio":
         check_range(budget, limit, cheapest(plain), dearest(plain))
-    elif limit.total < cheapest(plain) * (1 - 1e-9):
-        raise ImpossibleBudget(
-            f"rank_ratio {budget.value:g} cannot be met by ranks that are multiples of {spread.align}: it stands for "
-            f"{limit.total:,.0f} parameters, and the smallest take {cheapest(plain):,.0f}; give a larger ratio or a "
-            "smaller align"
-        )
+    else:
+        _refuse_coarse(budget, spread, limit, cheapest(plain))
     return limit, plain
 
 
-def _kept_cost(module: nn.Module, cost: Cost, form: str) -> float:
+def _refuse_coarse(budget: Budget, spread: Spread, limit: Limit, least: float) -> None:
+    if limit.total < least * (1 - 1e-9):
+        raise ImpossibleBudget(
+            f"rank_ratio {budget.value:g} cannot be met by ranks that are multiples of {spread.align}: it stands for "
+            f"{limit.total:,.0f} parameters, and the smallest take {least:,.0f}; give a larger ratio or a smaller align"
+        )
+
+
+def _kept_cost(module: nn.Module, cost: Cost, form: str, uses: Uses = ONCE) -> float:
     """What a layer costs that stays as it is: in the form that is asked for where that costs no more."""
     rank, shape = rank_of(module), weight_shape(module)
     if isinstance(module, LowRankLinear) and module.form == "interpolative" != form and cost in (parameters, flops):
         cost = in_interpolative_form(cost)
-    return cost(shape, rank)
+    return cost(shape, rank, uses)
 
 
 def ranks_below(module: nn.Module, spread: Spread) -> Sequence[int]:
@@ -161,19 +196,18 @@ def ranks_below(module: nn.Module, spread: Spread) -> Sequence[int]:
 
 
 def _limit(
-    budget: Budget, shapes: dict[str, Shape], model_parameters: int, others: float, probe: torch.Tensor
+    budget: Budget, layers: Sequence[tuple[Shape, Uses]], model_parameters: int, others: float, probe: torch.Tensor
 ) -> Limit:
     if budget.kind != "rank_ratio":
-        return limit_of(budget, shapes.values(), model_parameters, others, probe)
-    ranks = uniform_ranks(shapes, budget.value)
-    total = sum(parameters_at(shape, ranks[name]) for name, shape in shapes.items())
+        return limit_of(budget, layers, model_parameters, others, probe)
+    total = sum(parameters_at(shape, _uniform_rank(shape, budget.value)) for shape, _ in layers)
     return Limit(total, parameters, lambda total: total)
 
 
 def _bounded(
     each: Choices,
     uniform: int | None,
-    limit: Limit,
+    cost: Callable[[Shape, int | None], float],
     spread: Spread,
     spectrum: Callable[[str], Tensor] | None,
     name: str,
@@ -183,7 +217,7 @@ def _bounded(
     around = max(saving, default=1) if uniform is None else uniform
     least, most = spread.floor * around, spread.cap * around
     values = None if spectrum is None else spectrum(name).tolist()
-    return layer_choices(each.shape, limit.cost, saving, least, most, values, kept=each.costs[-1])
+    return layer_choices(each.shape, cost, saving, least, most, values, kept=each.costs[-1])
 
 
 def _profiled(name: str, each: Choices, profile: Profile | None) -> Choices:

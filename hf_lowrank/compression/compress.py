@@ -13,6 +13,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.solution import LayerSolver, kept_report
+from hf_lowrank.compression.uses import uses_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
@@ -75,7 +76,9 @@ def compress(
 
     def decide() -> Ranks:
         weighed = {name: module for name, module in targets.items() if name not in left}
-        return allocate(weighed, before, config.budget, config.spread, spectrum, profile, config.form, before - now)
+        uses = uses_for(config.budget, model, weighed)
+        rest: Any = (config.budget, config.spread, spectrum, profile, config.form, before - now, uses)
+        return allocate(weighed, before, *rest)
 
     decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
@@ -125,7 +128,8 @@ def check_possible(model: PreTrainedModel, config: CompressionConfig) -> None:
     """
     targets, before = checked_targets(model, config), dense_parameters(model)
     saved = before - model.num_parameters()
-    check_budget(targets, before, config.budget, config.spread, config.form, saved)
+    uses = uses_for(config.budget, model, targets)
+    check_budget(targets, before, config.budget, config.spread, config.form, saved, uses)
 
 
 def present_share(model: PreTrainedModel, config: CompressionConfig, statistics: Statistics | None) -> float:

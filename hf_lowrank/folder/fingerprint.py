@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.jobs.files import sha256_of
+from hf_lowrank.model.probe import token_inputs
 
-LENGTH, VALUES = 16, 64
+VALUES = 64
 NOT_DIGESTED = ("README.md", "ranks.png", "compression.json")  # card and record: later steps add to them
 
 
@@ -43,22 +44,13 @@ def probe(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def probe_output(model: PreTrainedModel) -> Tensor:
-    """The first output (logits, or hidden states) for one fixed sequence of `LENGTH` tokens, in float32 on the CPU.
+    """The first output (logits, or hidden states) for one fixed sequence of tokens, in float32 on the CPU.
 
     The model computes on its own device and in its own dtype, in evaluation mode, and is left in the mode it had.
     """
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
-    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
-    if isinstance(config.eos_token_id, int):
-        ids[0, -1] = config.eos_token_id  # BART's classifiers read the output there
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
     training = model.training
     try:
-        output = model.eval()(**{name: value.to(model.device) for name, value in inputs.items()})[0]
+        output = model.eval()(**{name: value.to(model.device) for name, value in token_inputs(model).items()})[0]
     finally:
         model.train(training)
     return output.float().cpu()

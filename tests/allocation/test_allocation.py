@@ -18,6 +18,7 @@ from hf_lowrank.allocation import (
     parse_count,
 )
 from hf_lowrank.allocation.choices import layer_choices
+from hf_lowrank.allocation.costs import ONCE
 from hf_lowrank.allocation.latency import measured_latency
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers import loss_per_error
@@ -229,7 +230,7 @@ def test_counts_are_read_as_people_write_them() -> None:
 
 def test_the_time_of_a_layer_rises_with_its_rank() -> None:
     shape = (512, 512)
-    cost = measured_latency([shape], torch.float32, torch.device("cpu"))
+    cost = measured_latency([(shape, ONCE)], torch.float32, torch.device("cpu"))
     times = [cost(shape, rank) for rank in (1, 64, 128, 512)]
     assert times == sorted(times)
     assert 0 < times[0] < cost(shape, None) < times[-1]

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
+from hf_lowrank.allocation.costs import ONCE
 from hf_lowrank.allocation.latency import measured_latency
 from hf_lowrank.compression.profiling import mean_loss, profile_losses
 from hf_lowrank.jobs.checkpoint import Work
@@ -309,7 +310,7 @@ def measure_and_fail(folder: Path) -> None:
     mine = batches()[rank :: state.num_processes]
     profile = profile_losses(tiny_bert(), config, None, mine, ratios=(0.1, 0.4), progress=False)
     _, report = compress(tiny_bert(), config, profile=profile, progress=False)
-    times = measured_latency([(32, 64)], torch.float32, torch.device("cpu"))
+    times = measured_latency([((32, 64), ONCE)], torch.float32, torch.device("cpu"))
     found: dict[str, Any] = {"profile": profile, "ranks": report.ranks, "seconds": times((32, 64), 8)}
     found["empty share"] = mean_loss(tiny_bert(), batches() if state.is_last_process else [])
     if state.num_processes > 1:
