@@ -45,8 +45,17 @@ class LayerReport:
 class CompressionReport:
     """A compression: its settings, the whole model's parameters before and after, and every targeted layer.
 
-    Before is the dense model, also where this was not the first compression: `earlier` has what is known of those
-    before it, the first one first, and `untouched` the layers that they factorized and this one did not target.
+    Before is the dense model, also where this was not the first compression.
+
+    Args:
+        settings: the `CompressionConfig`, as plain values.
+        parameters_before: of the whole dense model.
+        parameters_after: of the whole model, compressed.
+        seconds: that choosing ranks and factorizing took.
+        layers: what became of each targeted layer.
+        statistics: over how many samples they were, and of what; empty where the method needs none.
+        earlier: what is known of the compressions before this one, the first one first.
+        untouched: the layers that those factorized and this one did not target.
     """
 
     settings: dict[str, Any]

@@ -101,6 +101,14 @@ class LowRankLinear(LowRankLayer):
     Both factors are real `nn.Linear`, so that quantizers, adapters and sharding find what they know. The layer itself
     is not one, or they would take it for a dense layer and its two children besides.
 
+    Args:
+        in_features: n, of inputs x [..., n].
+        out_features: m, of outputs y [..., m].
+        rank: r, the width between the factors, from 1 to min(n, m).
+        bias: whether `up` has a bias [m].
+        device: where the factors are.
+        dtype: of the factors.
+
     Raises:
         ValueError: a rank below 1 or above min(in_features, out_features).
     """

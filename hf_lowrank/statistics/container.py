@@ -25,9 +25,14 @@ class Statistics:
 
     Modules that read the same input share one tensor of the kinds that depend on nothing else, in memory and on disk.
 
-    `weights` holds a digest of every weight they were measured on, so that they cannot be used for another model;
-    `origin` says in plain words which model, task, data and seed that was. `curvature` is what the Fisher information
-    is multiplied by to be the curvature of the mean loss (see `curvature_per_fisher`).
+    Args:
+        sums: {kind: {module name: sum}}; the shape of a sum is that of its kind, such as [out, in] of "fisher".
+        samples: how many samples they are over.
+        tokens: how many tokens of those were no padding.
+        weights: a digest of every weight they were measured on, so that they cannot be used for another model.
+        origin: in plain words which model, task, data and seed that was.
+        curvature: what the Fisher information is multiplied by to be the curvature of the mean loss (see
+            `curvature_per_fisher`).
     """
 
     sums: dict[str, dict[str, Tensor]]
