@@ -46,7 +46,8 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...] | None]] = {
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
     if isinstance(model, ResNetForImageClassification):
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+        images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": images.to(model.dtype)}
     ids = {"input_ids": token_ids()}
     return ids | {"decoder_input_ids": token_ids()} if model.config.is_encoder_decoder else ids
 
