@@ -15,14 +15,15 @@ from hf_lowrank.cli.options import (
     JsonOption,
     LabelColumnOption,
     LengthOption,
+    MethodsOption,
     ModelArgument,
     SamplesOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
+    chosen_methods,
     patterns,
 )
-from hf_lowrank.solvers.family import COMPARED
 from hf_lowrank.tasks.table import get_task
 
 
@@ -35,9 +36,7 @@ def analyze_command(
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the ranks that you think of keeping; advice is for this one.")
     ] = 0.33,
-    methods: Annotated[
-        str, typer.Option(help="Methods to compare, with commas; 'hf-lowrank methods' lists them.")
-    ] = ",".join(COMPARED),
+    method: MethodsOption = None,
     groups: Annotated[int, typer.Option(min=2, help="Groups of singular directions that are removed in turn.")] = 10,
     eval_samples: Annotated[
         int | None,
@@ -79,7 +78,7 @@ def analyze_command(
     from hf_lowrank.tasks import load_validation
     from hf_lowrank.tasks.calibration import calibration_loader
 
-    chosen = tuple(dict.fromkeys(word.strip() for word in methods.split(",") if word.strip()))
+    chosen = chosen_methods(method)
     config = AnalysisConfig(
         chosen,
         rank_ratio,

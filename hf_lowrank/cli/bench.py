@@ -1,4 +1,4 @@
-"""hf-lowrank bench: how fast and how large is a compressed model beside the dense one?"""
+"""hf-lowrank bench: how fast and how large is a model beside another, such as the dense one?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +13,14 @@ from hf_lowrank.cli.options import JsonOption
 @app.command("bench")
 def bench_command(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
     against: Annotated[
-        str | None, typer.Option(help="The dense model it was made from. Default: the dense form of DIR itself.")
+        str | None,
+        typer.Option(help="Another model, such as the one it was made from. Default: its own dense form."),
     ] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; may be repeated. Default: 1 and 32.")
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", "--batch", help="Sequences at once, repeatable. Default: 1, 32."),
     ] = None,
     length: Annotated[
         list[int] | None, typer.Option(help="Tokens in each; may be repeated. Default: 16 and 128.")
@@ -54,7 +56,8 @@ def bench_command(
     if threads is not None:
         torch.set_num_threads(threads)
     defaults = BenchConfig()
-    config = BenchConfig(tuple(batch or defaults.batches), tuple(length or defaults.lengths), rounds, dtype, compiled)
+    shapes = (tuple(batch_size or defaults.batches), tuple(length or defaults.lengths))
+    config = BenchConfig(*shapes, rounds, dtype, compiled)
     for written in ([folder] if record else []) + ([plot] if plot is not None else []):
         context.with_resource(held(written))
     measured = bench(folder, against, config)

@@ -24,7 +24,6 @@ from hf_lowrank.cli.budgets import (
     refuse_contradictions,
 )
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.cli.options import (
     BatchOption,
     DataOption,
@@ -34,31 +33,33 @@ from hf_lowrank.cli.options import (
     JsonOption,
     LabelColumnOption,
     LengthOption,
+    MethodOption,
     MinutesOption,
     ModelArgument,
     OverwriteOption,
     ResumeOption,
     SamplesOption,
     SeedOption,
-    TaskOption,
     TextColumnOption,
+    VerboseOption,
     patterns,
 )
 from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.solvers.family import OPTIMIZER_NAMES
-from hf_lowrank.tasks.table import get_task
+from hf_lowrank.tasks.table import NAMES, get_task
 
 
 @app.command("compress")
 def compress_command(
     context: typer.Context,
     model: ModelArgument,
-    task: TaskOption,
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")],
-    method: Annotated[
-        str, typer.Option(help="What is minimised; 'help' lists them.", callback=print_methods_for_help, is_eager=True)
-    ] = "kfac",
+    task: Annotated[
+        str | None, typer.Option(help=f"The task to measure on, not needed by --method svd: {', '.join(NAMES)}.")
+    ] = None,
+    method: MethodOption = "kfac",
     rank_ratio: RankRatioOption = None,
     keep: KeepOption = None,
     keep_model: KeepModelOption = None,
@@ -92,6 +93,7 @@ def compress_command(
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
     checkpoint_minutes: MinutesOption = MINUTES,
+    verbose: VerboseOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress a fine-tuned model and save it as a folder that from_pretrained loads.
@@ -108,7 +110,11 @@ def compress_command(
     spread: dict[str, Any] = {"allocation": allocation, "align": align, "floor": floor, "cap": cap}
     chosen: dict[str, Any] = {"include": patterns(include), "exclude": patterns(exclude)}
     config = CompressionConfig(method, optimizer=optimizer, form=form, **chosen, **budgets, **spread)
-    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    measures = score or keep_score is not None or max_loss_increase is not None or allocation == "knapsack"
+    if task is None and (config.needs or measures):
+        raise LowRankError(f"compress needs a --task to measure on{'' if measures else f' by the method {method}'}")
+    columns: dict[str, Any] = {"data_dir": data_dir, "text_columns": text_column, "label_column": label_column}
+    the_task: Any = get_task(task, max_length, **columns) if task is not None else None
 
     from accelerate import PartialState
 
@@ -118,7 +124,7 @@ def compress_command(
     from hf_lowrank.compression.compress import check_possible, compress
     from hf_lowrank.folder.earlier import of_original
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
-    from hf_lowrank.folder.loading import load_model, stored_dtype
+    from hf_lowrank.folder.loading import load_as_saved, load_model, stored_dtype
     from hf_lowrank.folder.saving import add_facts, save_compressed
     from hf_lowrank.folder.scores import with_score
     from hf_lowrank.statistics import Statistics, compute_statistics
@@ -131,14 +137,20 @@ def compress_command(
     replace = refuse_output(output, resume, overwrite)
     if push_to_hub is not None:
         refuse_without_token()  # before the work, not after it
-    memory, sums_at = check_memory(model, the_task, config.needs, config.include, config.exclude, batch_size)
-    loaded, tokenizer = load_model(model, the_task)
+    memory: dict[str, int] | None = None
+    tokenizer: Any
+    sums_at = None
+    if the_task is None:
+        loaded, tokenizer = load_as_saved(model)
+    else:
+        memory, sums_at = check_memory(model, the_task, config.needs, config.include, config.exclude, batch_size)
+        loaded, tokenizer = load_model(model, the_task)
     check_possible(loaded, config)
-    facts: dict[str, Any] = {"base_model": public_name(model), "task": the_task.name, "versions": versions()}
-    facts["memory"] = memory
-    facts["data"] = origin(model, the_task, data_dir, seed)["data"]
-    if mapping := label_mapping(the_task, loaded.config):
-        facts["labels"] = mapping
+    facts: dict[str, Any] = {"base_model": public_name(model), "versions": versions(), "memory": memory}
+    if the_task is not None:
+        facts |= {"task": the_task.name, "data": origin(model, the_task, data_dir, seed)["data"]}
+        if mapping := label_mapping(the_task, loaded.config):
+            facts["labels"] = mapping
     if score:
         metrics, scored_on = evaluate_described(loaded, tokenizer, the_task, data_dir)
         facts |= with_score(facts, "dense", metrics["score"], scored_on)
@@ -148,7 +160,7 @@ def compress_command(
             measured = Statistics.load(statistics)
         else:
             loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
-    settings = {**asdict(config), "task": the_task.name, "batch_size": batch_size}
+    settings = {**asdict(config), "task": the_task and the_task.name, "batch_size": batch_size}
     settings |= {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
     data = loader if statistics is None else content_digest(statistics)
     work = open_work(output, loaded, data, settings, seed, resume, overwrite, checkpoint_minutes)
@@ -180,7 +192,7 @@ def compress_command(
             facts["address"] = push_folder(output, push_to_hub)
         if as_json:
             return print_json({**facts, "output": str(output), **report.to_dict()})
-        console.print(report)
+        console.print(report if verbose else report.summary(), highlight=False)
         if score:
             before = "given" if "score_given" in facts else "dense"
             console.print(

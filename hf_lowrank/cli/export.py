@@ -1,4 +1,4 @@
-"""hf-lowrank export: a compressed model as ONNX."""
+"""hf-lowrank export: a model as ONNX."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,14 +7,16 @@ import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
+from hf_lowrank.errors import LowRankError
 
 
 @app.command("export")
 def export_command(
-    folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
     output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="OUT.onnx")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a compressed model as ONNX with free batch and length, its factors kept, and check it in ONNX Runtime.
+    """Write a model as ONNX with free batch and length, factors as factors, and check it in ONNX Runtime.
 
     Needs the packages of the extra "export": pip install onnx onnxruntime onnxscript
 
@@ -22,6 +24,8 @@ def export_command(
     """
     from hf_lowrank.folder.export import export_onnx
 
+    if output.exists() and not overwrite:
+        raise LowRankError(f"{output} exists; choose another file or pass --overwrite")
     difference = export_onnx(folder, output)
     size = output.stat().st_size / 1e6
     console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)

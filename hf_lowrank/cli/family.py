@@ -1,5 +1,7 @@
 """The family of methods as a table."""
 
+from typing import Any
+
 import typer
 from rich.table import Table
 
@@ -17,9 +19,9 @@ def print_methods() -> None:
     console.print(table)
 
 
-def print_methods_for_help(value: str) -> str:
-    """For an option --method: `help` prints the family and ends."""
-    if value == "help":
+def print_methods_for_help(value: Any) -> Any:
+    """For an option --method, given once or repeatedly: `help` prints the family and ends."""
+    if value == "help" or (isinstance(value, list) and "help" in value):
         print_methods()
         raise typer.Exit
     return value

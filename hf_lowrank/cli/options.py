@@ -5,9 +5,27 @@ from typing import Annotated
 
 import typer
 
+from hf_lowrank.cli.family import print_methods_for_help
+from hf_lowrank.solvers.family import COMPARED, METHODS, get_method
 from hf_lowrank.tasks.table import NAMES
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method", help="What is minimised; 'help' lists the methods.", callback=print_methods_for_help, is_eager=True
+    ),
+]
+MethodsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        help=f"A method to compare; may be repeated, 'all' for all, 'help' lists them. [dim]Default: "
+        f"{', '.join(COMPARED)}.[/dim]",
+        callback=print_methods_for_help,
+        is_eager=True,
+    ),
+]
 TaskOption = Annotated[str, typer.Option("--task", help=f"The task: {', '.join(NAMES)}.")]
 DataOption = Annotated[
     Path | None,
@@ -53,7 +71,18 @@ MinutesOption = Annotated[
     typer.Option(min=0, help="Minutes between two checkpoints of a pass over the data; 0: after every batch."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the table of all layers as well.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+
+
+def chosen_methods(given: list[str] | None) -> tuple[str, ...]:
+    """The methods of --method, each once.
+
+    Raises:
+        LowRankError: there is none of a name.
+    """
+    names = [*METHODS] if "all" in (given or ()) else list(dict.fromkeys(given or COMPARED))
+    return tuple(get_method(name).name for name in names)
 
 
 def patterns(given: list[str] | None) -> tuple[str, ...] | None:

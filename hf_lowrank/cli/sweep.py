@@ -9,6 +9,7 @@ from hf_lowrank.cli.app import app
 from hf_lowrank.cli.budgets import AlignOption
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import (
+    BatchOption,
     DataOption,
     ExcludeOption,
     FormOption,
@@ -16,14 +17,15 @@ from hf_lowrank.cli.options import (
     JsonOption,
     LabelColumnOption,
     LengthOption,
+    MethodsOption,
     ModelArgument,
     SamplesOption,
     SeedOption,
     TaskOption,
     TextColumnOption,
+    chosen_methods,
     patterns,
 )
-from hf_lowrank.solvers.family import COMPARED, METHODS
 from hf_lowrank.tasks.table import get_task
 
 
@@ -33,12 +35,7 @@ def sweep_command(
     model: ModelArgument,
     task: TaskOption,
     output: Annotated[Path, typer.Option(help="A folder for results; with an unfinished sweep, that goes on.")],
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"May be repeated; 'all' for all of 'hf-lowrank methods'. [dim]Default: {', '.join(COMPARED)}.[/dim]"
-        ),
-    ] = None,
+    method: MethodsOption = None,
     allocation: Annotated[
         list[str] | None, typer.Option(help="Spread of ranks; may be repeated. Default: each method's own.")
     ] = None,
@@ -56,8 +53,12 @@ def sweep_command(
     text_column: TextColumnOption = None,
     label_column: LabelColumnOption = None,
     samples: SamplesOption = 512,
+    batch_size: BatchOption = 16,
     max_length: LengthOption = None,
     seed: SeedOption = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget the results in the output folder and begin anew.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model compressed by every method at every budget: results.jsonl, a table and plots.
@@ -70,12 +71,12 @@ def sweep_command(
     from hf_lowrank.cli.work import claim
     from hf_lowrank.folder.loading import load_model
     from hf_lowrank.jobs.distributed import refuse_several
-    from hf_lowrank.studies.sweep import SweepConfig, sweep
+    from hf_lowrank.studies.sweep import SweepConfig, forget, sweep
     from hf_lowrank.studies.sweep_summary import write_summary
 
     values = tuple(float(each) if _is_number(each) else each for each in value)
     allocations = tuple(allocation) if allocation else None
-    methods = tuple(METHODS) if "all" in (method or ()) else tuple(method or COMPARED)
+    methods = chosen_methods(method)
     config = SweepConfig(
         methods,
         allocations,
@@ -89,9 +90,12 @@ def sweep_command(
         exclude=patterns(exclude),
         align=align,
         form=form,
+        batch_size=batch_size,
     )
     refuse_several("a sweep")
     claim(context, output, model, data_dir)
+    if overwrite:
+        forget(output)
     loaded, tokenizer = load_model(model, the_task)
     source = origin(model, the_task, data_dir, seed)
     records = sweep(loaded, tokenizer, the_task, data_dir, config, output, source)

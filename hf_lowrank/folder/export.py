@@ -1,4 +1,4 @@
-"""A low-rank model → an ONNX file with free batch and length, checked in ONNX Runtime against the model."""
+"""A model, low-rank or dense → an ONNX file with free batch and length, checked in ONNX Runtime against the model."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.reading import load_low_rank
+from hf_lowrank.folder.reading import load_own
 from hf_lowrank.jobs.files import flush, held, scratch_name
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts
 
@@ -45,7 +45,7 @@ def _input_names(model: PreTrainedModel) -> list[str]:
 
 
 def export_onnx(folder: str | Path, output: str | Path) -> float:
-    """Write the low-rank model in `folder` as ONNX, in float32, and return its largest relative difference.
+    """Write the model in `folder`, low-rank or dense, as ONNX, in float32, and return its largest relative difference.
 
     Inputs: input_ids, attention_mask and, where the model has segments, token_type_ids, int64 [batch, length], both
     sizes free; outputs: the model's own ("logits", "last_hidden_state", …). The factors stay factors. The file is run
@@ -65,7 +65,7 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
 
 
 def _exported(folder: str | Path, output: Path) -> float:
-    model = load_low_rank(folder, torch.float32)
+    model = load_own(folder, torch.float32)
     if model.config.is_encoder_decoder:
         raise LowRankError(
             f"{type(model).__name__} has an encoder and a decoder, which are two graphs: densify it "

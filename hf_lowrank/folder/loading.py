@@ -1,5 +1,6 @@
 """MODEL, a folder or a Hub name → the model and tokenizer of a task, with nothing in them made up."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
+from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
@@ -26,6 +28,19 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
     _readable_config(folder, task)
     tokenizer = load_tokenizer(folder)  # first, as a model may take minutes
     return load_trained(name, task), tokenizer
+
+
+def load_as_saved(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model called `name` as what it was saved as, where no data are to be read, and its tokenizer if it has one.
+
+    Raises:
+        LowRankError: as `load_own`.
+    """
+    folder, device = resolve(name), PartialState().device
+    model = load_own(folder, torch.float32 if device.type == "cpu" else "auto").to(device)
+    with suppress(LowRankError):
+        return model, load_tokenizer(folder)
+    return model, None
 
 
 def load_trained(name: str, task: Task) -> PreTrainedModel:

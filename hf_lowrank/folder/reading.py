@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_lowrank.nn.modeling_lowrank as modeling
@@ -18,11 +19,7 @@ def read_low_rank_config(folder: str | Path) -> Any:
     Raises:
         LowRankError: no model, one whose config cannot be read, or one that is not low-rank.
     """
-    refuse_missing(str(folder))
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, …
-        raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
+    config = read_config(folder)
     if not getattr(config, "ranks", None):
         raise LowRankError(f"{folder} is an ordinary {config.model_type} model: none of its layers is factorized")
     return config
@@ -53,17 +50,57 @@ def load_low_rank(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreT
     return load_whole(model_class, folder, dtype)
 
 
+def read_config(folder: str | Path) -> Any:
+    """The config of any model in `folder` (or of that name on the Hub), dense or low-rank.
+
+    Raises:
+        LowRankError: no model, or one whose config cannot be read.
+    """
+    refuse_missing(str(folder))
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, …
+        raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
+
+
+def own_class(config: Any) -> Any:
+    """The model class that a config names in `architectures`, dense or low-rank.
+
+    Raises:
+        LowRankError: it names none, or none of transformers.
+    """
+    if getattr(config, "ranks", None):
+        return low_rank_class(config)
+    architecture = (config.architectures or [""])[0]
+    found = getattr(transformers, architecture, None) if architecture else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise LowRankError(
+            f"config.json names the architecture {architecture!r}, which this version of transformers does not have"
+        )
+    return found
+
+
+def load_own(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model in `folder` as what it was saved as, dense or low-rank, on the CPU.
+
+    Raises:
+        LowRankError: as `read_config`, `own_class` and `load_whole`.
+    """
+    return load_whole(own_class(read_config(folder)), folder, dtype)
+
+
 def load_whole(model_class: Any, folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """`model_class.from_pretrained(folder)`, without a single weight that the checkpoint does not have.
 
     Raises:
-        LowRankError: the checkpoint cannot be read, or lacks weights of the model or holds others.
+        LowRankError: the checkpoint cannot be read, lacks weights of the model or, if low-rank, holds others.
     """
     try:
         model, info = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, safetensors its own
         raise LowRankError(f"{folder} cannot be loaded: {error}") from error
-    for what in ("missing", "mismatched", "unexpected"):
+    bad = ("missing", "mismatched", *(("unexpected",) if issubclass(model_class, LowRankMixin) else ()))
+    for what in bad:
         if keys := sorted(map(str, info[f"{what}_keys"])):
             raise LowRankError(f"{folder} has {what} weights: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}")
     return model.eval()

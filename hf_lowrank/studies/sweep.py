@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ class SweepConfig:
     exclude: tuple[str, ...] | None = None
     align: int | None = None
     form: str = "factors"
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
@@ -122,6 +124,13 @@ def sweep(
                 _append(folder, done[key])
             shown.update()
     return [done[_run_key(run, model)] for run in wanted]
+
+
+def forget(folder: Path) -> None:
+    """Remove the results and statistics of a sweep, and nothing else, so that one of other settings can begin."""
+    for name in (SETTINGS, RESULTS):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / STATISTICS, ignore_errors=True)
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -253,7 +262,7 @@ class _Bench:
             return write_json(path, settings)
         for name, before, now in differences(read_json(path), settings):
             raise LowRankError(
-                f"{self.folder} holds a sweep with {name} {before!r}, this one has {now!r}; choose another folder"
+                f"{self.folder} holds a sweep with {name} {before!r}, this one has {now!r}; choose another folder or pass --overwrite"
             )
 
     def _statistics(self, origin: dict[str, Any]) -> Statistics | None:
@@ -283,7 +292,9 @@ class _Bench:
         return {name: {int(rank): loss for rank, loss in by_rank.items()} for name, by_rank in read_json(path).items()}
 
     def _loader(self, samples: int) -> DataLoader:
-        return calibration_loader(self.model, self.tokenizer, self.task, self.data_dir, samples, seed=self.config.seed)
+        return calibration_loader(
+            self.model, self.tokenizer, self.task, self.data_dir, samples, self.config.batch_size, self.config.seed
+        )
 
 
 def _append(folder: Path, record: Record) -> None:

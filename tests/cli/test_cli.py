@@ -69,14 +69,17 @@ def test_compress_evaluate_inspect(
 
 def test_people_get_tables(model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     out = tmp_path / "out"
-    code, printed, _ = run(
-        monkeypatch, capfd, "compress", model, "--task", "cola", "--data-dir", data, "--method", "svd", "--output", out
-    )
+    words = ("compress", model, "--method", "svd", "--output", out)
+    code, printed, _ = run(monkeypatch, capfd, *words)
     assert code == 0
     assert "12 layers factorized by svd" in printed
-    assert "0.attention.self.query" in printed
+    assert "0.attention.self.query" not in printed
+    assert "0.attention.self.query" in run(monkeypatch, capfd, *words, "--overwrite", "--verbose")[1]
     assert "matthews" in run(monkeypatch, capfd, "evaluate", out, "--task", "cola", "--data-dir", data)[1]
-    assert "LowRankBertForSequenceClassification" in run(monkeypatch, capfd, "inspect", out)[1]
+    inspected = run(monkeypatch, capfd, "inspect", out)[1].splitlines()
+    assert inspected[0].startswith("LowRankBertForSequenceClassification, float32")
+    rows = [line.split() for line in inspected if "attention.self.query" in line]
+    assert [(row[0], row[5]) for row in rows] == [("0", "11"), ("1", "11")]
     assert "Hua et al." in run(monkeypatch, capfd, "methods")[1]
 
 
@@ -232,3 +235,51 @@ def test_help_teaches_and_the_module_runs() -> None:
     assert result.returncode == 0
     for word in ("--rank-ratio", "--data-dir", "Example:", "kfac"):
         assert word in result.stdout
+
+
+def test_a_method_without_data_needs_no_task_and_no_tokenizer(
+    model: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (bare / file).write_bytes((model / file).read_bytes())
+    for source in (model, bare):
+        out = tmp_path / f"{source.name}-out"
+        assert run(monkeypatch, capfd, "compress", source, "--method", "svd", "--output", out)[0] == 0
+        loaded = AutoModelForSequenceClassification.from_pretrained(out)
+        assert len(loaded.lowrank_ranks) == 12
+        assert (out / "tokenizer.json").exists() == (source is model)
+        assert "bare" in (out / "README.md").read_text() or source is model
+
+
+@pytest.mark.parametrize("words", [("--method", "kfac"), ("--method", "svd", "--evaluate"), ("--allocation", "greedy")])
+def test_what_reads_data_needs_a_task(
+    model: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, words: tuple[str, ...]
+) -> None:
+    code, _, err = run(monkeypatch, capfd, "compress", model, *words, "--output", tmp_path / "out")
+    assert code == 2
+    assert "compress needs a --task to measure on" in err
+
+
+def test_inspect_shows_dense_layers_and_blocks(model: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    out = tmp_path / "out"
+    words = ("compress", model, "--method", "svd", "--include", "output.dense", "--output", out)
+    assert run(monkeypatch, capfd, *words)[0] == 0
+    printed = run(monkeypatch, capfd, "inspect", out)[1]
+    assert "4 layers factorized, 8 dense" in printed
+    rows = {tuple(line.split()[:2]): line for line in printed.splitlines()}
+    assert "dense" in rows["1", "attention.self.key"]
+    assert " 11 " in rows["1", "output.dense"]
+    assert run(monkeypatch, capfd, "inspect", out, "--plot", tmp_path / "ranks.png")[0] == 0
+
+
+def test_the_extra_is_shown_in_help(monkeypatch: Any, capfd: Any) -> None:
+    assert "onnxruntime" in run(monkeypatch, capfd, "export", "--help")[1]
+
+
+@pytest.mark.parametrize("command", ["compress", "analyze", "sweep"])
+def test_every_command_with_methods_lists_them(command: str, monkeypatch: Any, capfd: Any) -> None:
+    code, printed, _ = run(monkeypatch, capfd, command, "--method", "help")
+    assert code == 0
+    assert "Hua et al." in printed

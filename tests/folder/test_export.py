@@ -38,6 +38,11 @@ def test_onnx_runtime_computes_the_same_at_other_shapes(make: Callable[[], Any],
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
 
 
+def test_a_dense_model_is_exported_too(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "dense")
+    assert export_onnx(tmp_path / "dense", tmp_path / "model.onnx") < 1e-5
+
+
 def test_the_factors_stay_factors(tmp_path: Path) -> None:
     factorize(tiny_bert()).save_pretrained(tmp_path / "low")
     export_onnx(tmp_path / "low", tmp_path / "model.onnx")
@@ -82,3 +87,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: Any, capfd:
         cli.main()
     assert not exit_info.value.code
     assert "ONNX Runtime differs from the model by" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 2
+    assert "exists; choose another file or pass --overwrite" in capfd.readouterr().err

@@ -475,7 +475,21 @@ def run(monkeypatch: Any, capfd: Any, *words: Any) -> tuple[int, str, str]:
 
 def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     out = tmp_path / "out"
-    words = (folder, "--task", "stsb", "--data-dir", data, "--output", out, "--methods", "svd, kfac", "--groups", 4)
+    words = (
+        folder,
+        "--task",
+        "stsb",
+        "--data-dir",
+        data,
+        "--output",
+        out,
+        "--method",
+        "svd",
+        "--method",
+        "kfac",
+        "--groups",
+        4,
+    )
     words = (*words, "--rank-ratio", 0.25, "--eval-samples", 20, "--samples", 16)
     code, printed, _ = run(monkeypatch, capfd, *words, "--json")
     assert code == 0
@@ -506,8 +520,7 @@ def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--methods": "svd,fsvd"}, "unknown method 'fsvd'"),
-        ({"--methods": ","}, "there is no method to analyse"),
+        ({"--method": "fsvd"}, "unknown method 'fsvd'"),
         ({"--rank-ratio": 1.5}, "rank_ratio must be in (0, 1]"),
         ({"--output": "FULL"}, "holds no analysis to go on with; choose another folder or pass --overwrite"),
         ({"--groups": 33}, "too few for 33 groups"),
@@ -518,7 +531,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    options = {"--task": "stsb", "--data-dir": data, "--output": tmp_path / "out", "--methods": "svd"} | change
+    options = {"--task": "stsb", "--data-dir": data, "--output": tmp_path / "out", "--method": "svd"} | change
     words = [tmp_path / "full" if word == "FULL" else word for item in options.items() for word in item]
     code, printed, err = run(monkeypatch, capfd, folder, *words)
     assert (code, printed) == (2, "")

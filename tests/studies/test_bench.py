@@ -121,11 +121,19 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         BenchConfig((0,))
     with pytest.raises(LowRankError, match="unknown dtype 'int8'"):
         BenchConfig(dtype="int8")
-    with pytest.raises(LowRankError, match="is an ordinary bert model"):
+    with pytest.raises(LowRankError, match="is dense: say what to measure it against"):
         bench(tmp_path / "dense", None, QUICK)
     tiny_bert(vocab_size=70).save_pretrained(tmp_path / "other")
     with pytest.raises(LowRankError, match="another vocabulary"):
         bench(low, tmp_path / "other", QUICK, progress=False)
+
+
+def test_dense_models_are_measured_beside_each_other(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "two")
+    tiny_bert(num_hidden_layers=1).save_pretrained(tmp_path / "one")
+    record = bench(tmp_path / "one", tmp_path / "two", BenchConfig((1,), (4,), rounds=1), progress=False)
+    assert record.parameters["compressed"] < record.parameters["dense"]
+    assert record.cases[0].arithmetic > 1
 
 
 def test_the_plot_has_a_row_for_every_case() -> None:

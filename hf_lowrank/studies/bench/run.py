@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.densify import densify_folder
-from hf_lowrank.folder.reading import load_whole, low_rank_class, read_low_rank_config
+from hf_lowrank.folder.reading import load_whole, own_class, read_config
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.studies.bench.machine import machine_facts
 from hf_lowrank.studies.bench.measure import Call, operations, peak_bytes, seconds_in_turns
@@ -50,23 +50,29 @@ class BenchConfig:
 def bench(
     folder: str | Path, against: str | Path | None = None, config: BenchConfig | None = None, progress: bool = True
 ) -> BenchRecord:
-    """Measure the low-rank model in `folder` beside a dense one: `against`, or its own dense form (see `densify`).
+    """Measure the model in `folder` beside another: `against`, or its own dense form (see `densify`).
+
+    Either may be dense or low-rank; the other one is called dense in the record.
 
     Tokens are random. A causal language model is measured at reading a prompt ("prefill") and at writing after it
     ("decode", per token), others at a "forward" pass.
 
     Raises:
-        LowRankError: no low-rank model that is whole, a dense one of another architecture, or inputs too long for it.
+        LowRankError: a model that is not whole, a dense one with nothing `against` it, one of another vocabulary, or
+            inputs too long for it.
     """
     config = config or BenchConfig()
-    low_class = low_rank_class(model_config := read_low_rank_config(folder))
+    low_class = own_class(model_config := read_config(folder))
+    if against is None and not getattr(model_config, "ranks", None):
+        raise LowRankError(f"{folder} is dense: say what to measure it against, such as the model it was made from")
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None) or max(config.lengths)
     if max(config.lengths) > longest:
         raise LowRankError(f"{folder} takes at most {longest} tokens, not {max(config.lengths)}")
     with tempfile.TemporaryDirectory(prefix="hf-lowrank-bench-") as scratch:
         if against is None:
             densify_folder(folder, Path(scratch) / "dense")
-        places = {DENSE: (low_class.base_model_class, against or Path(scratch) / "dense"), LOW: (low_class, folder)}
+        other = against or Path(scratch) / "dense"
+        places = {DENSE: (own_class(read_config(other)), other), LOW: (low_class, folder)}
         return _bench(places, str(against or "densified"), config, progress)
 
 
