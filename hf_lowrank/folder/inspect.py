@@ -106,8 +106,9 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:
-    names = {"score_dense": "dense", "score_given": "given", "score_compressed": "compressed", "score_finetuned": "fine-tuned"}
-    scores = [f"{name} {record[key]:.2f}" for key, name in names.items() if record.get(key) is not None]
+    kinds = {"dense": "dense", "given": "given", "compressed": "compressed", "finetuned": "fine-tuned"}
+    measured = {name: record.get(f"score_{kind}") for kind, name in kinds.items()}
+    scores = [f"{name} {score:.2f}" for name, score in measured.items() if score is not None]
     return [f"score: {', '.join(scores)}"] if scores else []
 
 

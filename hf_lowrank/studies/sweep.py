@@ -262,7 +262,8 @@ class _Bench:
             return write_json(path, settings)
         for name, before, now in differences(read_json(path), settings):
             raise LowRankError(
-                f"{self.folder} holds a sweep with {name} {before!r}, this one has {now!r}; choose another folder or pass --overwrite"
+                f"{self.folder} holds a sweep with {name} {before!r}, this one has {now!r}; choose another "
+                "folder or pass --overwrite"
             )
 
     def _statistics(self, origin: dict[str, Any]) -> Statistics | None:
