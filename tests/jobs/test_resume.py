@@ -139,6 +139,23 @@ def test_work_is_neither_forgotten_nor_overwritten(
     assert (tmp_path / "mine.work/thesis.txt").exists()
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_second_run_leaves_the_first_in_peace(
+    common: list[Any], undisturbed: dict[str, Any], tmp_path: Path, flag: str
+) -> None:
+    out = tmp_path / "out"
+    first = Job(tmp_path / "job", hf_lowrank, *common, "--output", out)
+    first.until(tmp_path / "out.work" / SUMS)
+    first.kill(signal.SIGSTOP)  # so that it is still there
+    second = Job(tmp_path / "second", hf_lowrank, *common, "--output", out, flag, processes=2)
+    assert second.wait() == [2, 2]
+    assert f"out is in use by process {first.processes[0].pid} on" in second.printed()
+    first.kill(signal.SIGCONT)
+    first.done()
+    assert content(out) == undisturbed
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "a bit", "facts"])
 def test_damaged_results_are_named(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path)
@@ -224,10 +241,17 @@ def test_work_of_a_library_user(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def undisturbed_by_two(common: list[Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Job(folder / "job", hf_lowrank, *common, "--output", folder / "out", processes=2).done()
+    return content(folder / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM", "a worker is killed"])
 def test_real_launchers_end_and_go_on(
-    common: list[Any], tmp_path: Path, end: str, tmp_path_factory: pytest.TempPathFactory
+    common: list[Any], undisturbed_by_two: dict[str, Any], tmp_path: Path, end: str
 ) -> None:
     out = tmp_path / "out"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -243,9 +267,10 @@ def test_real_launchers_end_and_go_on(
     assert running.returncode != 0
     if end != "a worker is killed":  # then the launcher, or the broken connection, ends the other one
         assert printed.count("hf-lowrank: stopped by SIG") == 1, printed
-    again = launch([*common, "--output", out, "--resume"], *launcher)
-    printed, _ = again.communicate(timeout=100)
-    assert again.returncode == 0, printed
-    folder = tmp_path_factory.mktemp("undisturbed")
-    Job(folder / "job", hf_lowrank, *common, "--output", folder / "out", processes=2).done()
-    assert content(out) == content(folder / "out")
+    if end == "Ctrl-C":  # once by a launcher; starting one takes longer than all the rest
+        again = launch([*common, "--output", out, "--resume"], *launcher)
+        printed, _ = again.communicate(timeout=100)
+        assert again.returncode == 0, printed
+        assert content(out) == undisturbed_by_two
+    else:
+        assert resumed(common, out, processes=2) == undisturbed_by_two
