@@ -26,7 +26,7 @@ from hf_lowrank.model.targets import (
     weight_shape,
 )
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
-from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts
+from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts, submodule
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, is_convolution, is_embedding
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
@@ -188,7 +188,7 @@ def _replace_layers(
             shown.update()
     restack_experts(model)
     for name in ranks:
-        layer: Any = model.get_submodule(name)
+        layer: Any = submodule(model, name)  # none in experts that are stacked again, as all of them stay dense
         if isinstance(layer, LowRankLinear) and layer.form != config.form:
             changed = converted(layer, config.form)
             if changed.num_parameters() <= layer.num_parameters():
