@@ -231,8 +231,9 @@ def test_statistics_of_factors_are_those_of_the_dense_layer(kind: str) -> None:
     assert set(found.weights) == set(low_rank.config.ranks)
     for statistic in kinds:
         for name, total in found.sums[statistic].items():
-            assert total.shape == expected.sums[statistic][name].shape
-            torch.testing.assert_close(total, expected.sums[statistic][name], rtol=2e-3, atol=1e-6)
+            theirs = expected.sums[statistic][name]
+            assert total.shape == theirs.shape
+            torch.testing.assert_close(total, theirs, rtol=2e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_both_factors_decide_the_digest() -> None:
