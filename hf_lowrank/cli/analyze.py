@@ -107,4 +107,7 @@ def analyze_command(
         return print_json(analysis.to_dict())
     for finding in analysis.findings:
         console.print(f"• {finding}", highlight=False)
-    console.print(f"the report is {output / 'report.html'}", highlight=False)
+    console.print(f"the report is {output / 'report.html'}; to compress as it advises:", highlight=False)
+    words = f"hf-lowrank compress {model} --task {task} --method {analysis.best_method} --rank-ratio {rank_ratio}"
+    data = f" --data-dir {data_dir}" if data_dir is not None else ""
+    console.print(f"{words}{data} --output {public_name(model)}-lowrank", highlight=False, soft_wrap=True)

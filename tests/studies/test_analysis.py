@@ -504,6 +504,9 @@ def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, m
     ]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "http" not in page
+    last = run(monkeypatch, capfd, *words)[1].strip().splitlines()[-1]  # its measurements are kept
+    assert last.startswith(f"hf-lowrank compress {folder} --task stsb --method ")
+    assert f"--rank-ratio 0.25 --data-dir {data} --output " in last
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 6
     assert page.index("<h2>Findings") < page.index("<h2>Plots") < page.index("<h2>Tables")
     assert str(tmp_path) not in page + printed

@@ -150,6 +150,9 @@ def test_the_plot_has_a_row_for_every_case() -> None:
         "forward 1 × 16",
     ]
     assert [bar.get_width() for bar in speed.patches] == [2, 2, 2]
+    assert [bar.get_width() for bar in latency.patches] == pytest.approx([1, 1, 1, 2 / 3, 2 / 3, 2 / 3])
+    assert latency.get_xlim()[0] == speed.get_xlim()[0] == 0
+    assert "150 ms" in [text.get_text() for text in latency.texts]
     with pytest.raises(ValueError, match="no cases"):
         bench_figure({"cases": []})
 

@@ -13,6 +13,9 @@ from hf_lowrank.folder.style import BLACK, BLUE, GREY, ORANGE, new_figure, style
 def bench_figure(record: dict[str, Any]) -> Figure:
     """Median latency by case, to the 90th percentile, and the speed-up, on the left and right of one row per case.
 
+    All bars begin at 0. Latencies span magnitudes over cases, so each is drawn relative to the dense model's; the
+    milliseconds are written on the bars.
+
     Args:
         record: `BenchRecord.to_dict()`.
 
@@ -30,7 +33,7 @@ def bench_figure(record: dict[str, Any]) -> Figure:
     speed.plot([case["arithmetic"] for case in cases], rows, "|", color=BLACK, markersize=14, label="arithmetic")
     speed.axvline(1, color=GREY, linewidth=1)
     for row, case in zip(rows, cases, strict=True):
-        speed.text(0.04, row, f"{case['speedup']:.2f} · {case['realised']:.0%}", va="center", color="w", fontsize=7.5)
+        speed.text(0.04, row, f"{case['speedup']:.2f}× · {case['realised']:.0%}", va="center", color="w", fontsize=7.5)
     speed.set_xlabel("speed-up, and the share of the arithmetic ratio realised")
     speed.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.suptitle(record["setup"], fontsize=8)
@@ -39,15 +42,28 @@ def bench_figure(record: dict[str, Any]) -> Figure:
 
 def _draw_latencies(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
     for which, colour, offset in (("dense", ORANGE, -0.18), ("compressed", BLUE, 0.18)):
-        medians = [case["median_ms"][which] for case in cases]
-        above = [max(0.0, case["p90_ms"][which] - case["median_ms"][which]) for case in cases]
+        dense = [case["median_ms"]["dense"] for case in cases]
+        medians = [case["median_ms"][which] / whole for case, whole in zip(cases, dense, strict=True)]
+        above = [
+            max(0.0, case["p90_ms"][which] - case["median_ms"][which]) / whole
+            for case, whole in zip(cases, dense, strict=True)
+        ]
         rows = [row + offset for row in range(len(cases))]
         errors = {"elinewidth": 1, "ecolor": BLACK}
         axes.barh(
             rows, medians, height=0.34, color=colour, label=which, xerr=[[0] * len(cases), above], error_kw=errors
         )
-    axes.set_xscale("log")
-    axes.set_xlabel("latency in ms: median, line to the 90th percentile")
+        for row, case in zip(rows, cases, strict=True):
+            axes.text(
+                0.02,
+                row,
+                f"{case['median_ms'][which]:.3g} ms",
+                va="center",
+                color="k" if which == "dense" else "w",
+                fontsize=6.5,
+            )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("latency, dense = 1: median, line to the 90th percentile")
     axes.set_yticks(range(len(cases)), [f"{case['phase']} {case['batch']} × {case['length']}" for case in cases])
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
