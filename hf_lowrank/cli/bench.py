@@ -47,6 +47,7 @@ def bench_command(
     """
     import torch
 
+    from hf_lowrank.cli.work import refuse_inputs
     from hf_lowrank.folder.saving import add_facts
     from hf_lowrank.folder.style import save_png
     from hf_lowrank.jobs.files import held
@@ -58,6 +59,9 @@ def bench_command(
     defaults = BenchConfig()
     shapes = (tuple(batch_size or defaults.batches), tuple(length or defaults.lengths))
     config = BenchConfig(*shapes, rounds, dtype, compiled)
+    for read in (folder, against):
+        if plot is not None and read is not None:
+            refuse_inputs(plot, read)
     for written in ([folder] if record else []) + ([plot] if plot is not None else []):
         context.with_resource(held(written))
     measured = bench(folder, against, config)

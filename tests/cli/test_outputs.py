@@ -108,6 +108,21 @@ def test_what_a_command_reads_is_not_its_output(
     assert {path: path.stat().st_mtime_ns for path in places.rglob("*")} == before
 
 
+@pytest.mark.parametrize("more", [[], ["--record"]])
+@pytest.mark.parametrize(
+    "plot", ["low/model.safetensors", "low/compression.json", "model/config.json", "model", "link"]
+)
+def test_a_picture_takes_no_place_of_a_model(
+    places: Path, monkeypatch: Any, capfd: Any, plot: str, more: list[str]
+) -> None:
+    if not (places / "link").exists():
+        (places / "link").symlink_to(places / "model")
+    before = {path: path.stat().st_mtime_ns for path in places.rglob("*")}
+    words = ["bench", places / "low", "--against", places / "model", "--plot", places / plot, *more]
+    assert "which this command reads; choose another output" in refused(monkeypatch, capfd, words)
+    assert {path: path.stat().st_mtime_ns for path in places.rglob("*")} == before
+
+
 def test_densifying_in_place_is_refused(places: Path, monkeypatch: Any, capfd: Any) -> None:
     error = refused(monkeypatch, capfd, ["densify", places / "low", places / "low", "--overwrite"])
     assert "low is " in error
