@@ -1,5 +1,6 @@
 """A budget as a person thinks of it → what the targeted layers may cost together, and in which unit."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         share = self.kind not in ("params", "flops")
-        if not (self.value > 0 and (self.value <= 1 or not share)):
+        if not (0 < self.value < math.inf and (self.value <= 1 or not share)):
             bounds = "in (0, 1]" if share else "a positive number"
             raise LowRankError(f"{self.kind} must be {bounds}, {BUDGETS[self.kind]}; it is {self.value}")
 

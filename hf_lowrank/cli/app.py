@@ -112,5 +112,5 @@ def _quiet_transformers() -> None:
 def _quiet_datasets() -> None:
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it cannot read is told by our own error
     datasets.disable_progress_bars()

@@ -25,7 +25,7 @@ from hf_lowrank.cli.options import (
 )
 from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.solvers.family import METHODS
-from hf_lowrank.statistics.names import KIND_NEEDS
+from hf_lowrank.statistics.names import KIND_NEEDS, check_kinds
 from hf_lowrank.tasks.table import get_task
 
 
@@ -53,6 +53,8 @@ def statistics_command(
     checkpoint_minutes: MinutesOption = MINUTES,
 ) -> None:
     """Measure statistics once, to compress with them many times (compress --statistics)."""
+    kinds = kind or METHODS["kfac"].needs
+    check_kinds(kinds)
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
 
     from accelerate import PartialState
@@ -65,7 +67,6 @@ def statistics_command(
 
     claim(context, output, model, data_dir)
     replace = refuse_output(output, resume, overwrite)
-    kinds = kind or METHODS["kfac"].needs
     _, sums_at = check_memory(model, the_task, kinds, include, exclude, batch_size)
     loaded, tokenizer = load_model(model, the_task)
     loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)

@@ -7,6 +7,7 @@ from hf_lowrank.allocation.budget import BUDGETS, Budget, parse_count
 from hf_lowrank.allocation.rules import get_allocation
 from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.solvers.family import METHODS, check_optimizer, get_method
 
 DEFAULT_RANK_RATIO = 0.33
@@ -58,6 +59,7 @@ class CompressionConfig:
     form: str = DEFAULT_FORM
 
     def __post_init__(self) -> None:
+        check_settings(self)
         method = get_method(self.method)
         if self.allocation is None:
             object.__setattr__(self, "allocation", method.allocation)

@@ -11,8 +11,11 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
+from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.jobs.settings import check_seed
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
+from hf_lowrank.tasks.labels import mapping_note
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -88,7 +91,10 @@ def load_for_finetuning(
     config = _readable_config(folder, task)
     tokenizer = load_tokenizer(folder)
     _cut(config, layers)
+    kept = len(task.label_names) == config.num_labels  # else there is a new head, of the task's own labels
+    matched = mapping_note(task, config) if kept else None
     _set_labels(config, task)
+    check_seed(seed)
     set_seed(seed)
     try:
         model, info = task.auto_class.from_pretrained(
@@ -108,6 +114,8 @@ def load_for_finetuning(
             f"{name} has not all weights of a {type(model).__name__}: {(body or fresh)[0]} is not in it or has another "
             "shape; only a head for the task is made anew"
         )
+    if matched and not fresh:
+        say_once(matched)
     return model.to(PartialState().device), tokenizer, fresh
 
 
@@ -150,6 +158,11 @@ def _readable_config(name: str, task: Task) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
+    if type(config) not in set(task.auto_class._model_mapping.keys()):
+        raise LowRankError(
+            f"{name} is a {config.model_type}, and transformers has no {task.auto_class.__name__} of that kind: it is "
+            f"no model for {task.name}"
+        )
     pickled = [file for file in PICKLED if stored_file(name, file)]
     if pickled and not any(stored_file(name, file) for file in SAFE):
         raise LowRankError(

@@ -35,7 +35,7 @@ from hf_lowrank.statistics.losses import (
     own_loss,
     sample_losses,
 )
-from hf_lowrank.statistics.names import ALTERNATING, passes
+from hf_lowrank.statistics.names import ALTERNATING, check_kinds, passes
 from hf_lowrank.statistics.shared import InputSums
 
 # A batch of two and the same samples alone must agree to this relative difference before batches are relied on.
@@ -114,9 +114,7 @@ def compute_statistics(
         LowRankError: an unknown kind; no samples; no labels; a weight, loss or gradient that is not finite; a batch
             that cannot be split into samples.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise LowRankError(f"unknown statistic {unknown[0]!r}; there are {', '.join(KINDS)}")
+    check_kinds(kinds)
     model = unwrapped(model)
     if work is not None and is_sharded(model):
         raise LowRankError("statistics of a model sharded by FSDP2 cannot be checkpointed; call without `work`")

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from hf_lowrank.errors import LowRankError
+
 # kind → the kinds that it is measured with, which an earlier pass over the data has measured
 KIND_NEEDS: dict[str, tuple[str, ...]] = {
     "fisher": (),
@@ -15,6 +17,17 @@ KIND_NEEDS: dict[str, tuple[str, ...]] = {
     "fisher_sketch": (),
     "fisher_in_eigenbasis": ("gradient_moment", "activation_moment"),
 }
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise where a kind of statistics is not known.
+
+    Raises:
+        LowRankError: it lists the kinds.
+    """
+    unknown = [kind for kind in kinds if kind not in KIND_NEEDS]
+    if unknown:
+        raise LowRankError(f"unknown statistic {unknown[0]!r}; there are {', '.join(KIND_NEEDS)}")
 
 
 # The factors that take turns, in their order, the first pass taking the identity for the other; for so many passes.

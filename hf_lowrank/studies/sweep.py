@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.solvers.family import COMPARED, get_method
@@ -76,6 +78,13 @@ class SweepConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.methods or not self.values or self.allocations == ():
+            raise LowRankError("a sweep needs one method, one value and, where they are given, one allocation at least")
+        if not 0 <= self.epochs < math.inf or self.samples < 1:
+            raise LowRankError(
+                f"epochs must be at least 0 and samples at least 1; they are {self.epochs} and {self.samples}"
+            )
         if self.budget not in BUDGETS:
             raise LowRankError(f"unknown budget {self.budget!r}; there are {', '.join(BUDGETS)}")
         self.runs()

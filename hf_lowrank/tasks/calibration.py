@@ -9,7 +9,9 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import from_everyone
+from hf_lowrank.jobs.settings import check_seed
 from hf_lowrank.tasks import Task, collator, encode, load_split
 
 
@@ -30,6 +32,9 @@ def calibration_loader(
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
     """
+    check_seed(seed)
+    if samples < 1 or batch_size < 1:
+        raise LowRankError(f"samples and batch_size must be at least 1; they are {samples} and {batch_size}")
     rows = load_split(task, "train", data_dir).shuffle(seed=seed)
     chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))

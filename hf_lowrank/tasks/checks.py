@@ -3,7 +3,7 @@
 import math
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -29,6 +29,22 @@ def checked_length(task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTr
     if length < least:
         raise LowRankError(f"max_length {length} is too short for {task.name}: {least} tokens are the least here")
     return length
+
+
+def check_ends(rows: Iterable[Sequence[int]], task: Task, config: PreTrainedConfig) -> None:
+    """Raise where an encoder-decoder cannot tell where a text ends: its classifiers read the output at the end tokens.
+
+    Raises:
+        LowRankError: the tokenizer puts none, or not the same number into every row.
+    """
+    if not getattr(config, "is_encoder_decoder", False) or task.kind not in ("classification", "regression"):
+        return
+    ends = {list(ids).count(config.eos_token_id) for ids in rows}
+    if ends == {0} or len(ends) > 1:
+        raise LowRankError(
+            f"this encoder-decoder reads {task.name} at the end token (id {config.eos_token_id}), which its tokenizer "
+            f"puts {' or '.join(map(str, sorted(ends)))} times into a row; it must be the same number, at least 1"
+        )
 
 
 def check_rows(rows: Dataset, task: Task, classes: int) -> None:

@@ -49,7 +49,7 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
 def _reason(error: BaseException) -> str:
     """What is wrong with a file, in one line: the first cause, which datasets wraps in words of its own."""
     causes = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+    while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
     said = " ".join(map(str, causes))
     if "utf-8" in said.lower() or "UTF8" in said:

@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
-from hf_lowrank.tasks.checks import check_rows, checked_length
+from hf_lowrank.tasks.checks import check_ends, check_rows, checked_length
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.task import Task
 
@@ -46,6 +46,7 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
     encoded = rows.map(tokenise, batched=True, remove_columns=rows.column_names, desc=f"tokenising {task.name}")
     if not len(encoded):
         raise LowRankError(f"the texts of {task.name} are empty: there is nothing to predict")
+    check_ends(encoded["input_ids"], task, config)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     return encoded.select(np.argsort(lengths, kind="stable"))
 

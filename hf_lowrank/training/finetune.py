@@ -30,6 +30,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task, collator, encode, load_split, load_validation
@@ -68,7 +69,9 @@ class FinetuneConfig:
     evaluate_epochs: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.epochs > 0 and self.learning_rate > 0 and self.batch_size >= 1):
+        check_settings(self)
+        positive = 0 < self.epochs < math.inf and 0 < self.learning_rate < math.inf
+        if not (positive and self.batch_size >= 1):
             raise LowRankError(
                 "epochs and learning rate must be above 0 and a batch at least 1 row; "
                 f"they are {self.epochs}, {self.learning_rate} and {self.batch_size}"

@@ -1,5 +1,7 @@
 """A model without a tokenizer, or with pickled weights, is refused: nothing is made up, nothing is unpickled."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from transformers import (
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained
 from hf_lowrank.folder.tokenizers import _lacking, load_tokenizer
+from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.tasks import get_task
-from tests.helpers import bert_config, tiny_bert
+from tests.helpers import bert_config, tiny_bert, tiny_t5
 from tests.tiny_task import run, tiny_tokenizer, write_cola
 
 NONE = r"has no tokenizer \(tokenizer.json, vocab.txt are not there\); save that of the model it was made from"
@@ -101,6 +104,36 @@ def test_every_command_that_reads_text_refuses_it(
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"hf-lowrank: {bare} has no tokenizer (")
     assert not (output / "config.json").exists()
+
+
+def test_a_kind_of_statistics_is_checked_before_anything_heavy(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    words = ("--task", "cola", "--kind", "foo", "--data-dir", tmp_path, "--output", tmp_path / "out")
+    code, _, err = run(monkeypatch, capfd, "statistics", "./nowhere", *words)
+    assert code == 2
+    assert err.startswith("hf-lowrank: unknown statistic 'foo'; there are fisher, ")
+
+
+def test_a_model_that_no_task_of_this_kind_has_is_named(tmp_path: Path) -> None:
+    tiny_t5().save_pretrained(tmp_path)
+    with pytest.raises(LowRankError, match="is a t5, and transformers has no AutoModelForCausalLM of that kind"):
+        load_model(str(tmp_path), get_task("text"))
+
+
+def test_kept_heads_say_how_their_labels_are_matched(bare: Path, capfd: Any) -> None:
+    say_once.cache_clear()
+    tiny_tokenizer().save_pretrained(bare)
+    load_for_finetuning(str(bare), get_task("cola"))
+    assert "matched by position" in capfd.readouterr().err
+
+
+def test_a_broken_file_is_told_in_one_line(bare: Path, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(bare)
+    (tmp_path / "validation.csv").write_bytes("sentence,label\ncaf\xe9,1\n".encode("latin-1"))
+    words = ("evaluate", bare, "--task", "cola", "--data-dir", tmp_path)
+    done = subprocess.run([sys.executable, "-m", "hf_lowrank", *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "examples" not in line]
+    assert line.endswith("validation.csv: it is not UTF-8; save it as UTF-8")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "compress", "finetune"])

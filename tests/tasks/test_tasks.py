@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from hf_lowrank.errors import LowRankError
@@ -341,6 +342,23 @@ def test_the_tokenizers_own_limit_counts_too(tokenizer: PreTrainedTokenizerFast)
     assert len(encode(rows, get_task("cola"), limited, bert_config())["input_ids"][0]) == 16
     with pytest.raises(LowRankError, match="the model reads 16 tokens at most; max_length 20"):
         encode(rows, get_task("cola", 20), limited, bert_config())
+
+
+def test_an_encoder_decoder_needs_end_tokens_to_read_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = Dataset.from_dict({"sentence": ["a", "the cat"], "label": [0, 1]})
+    config = T5Config(vocab_size=64, num_labels=2, eos_token_id=1)
+    with pytest.raises(LowRankError, match=r"reads cola at the end token \(id 1\), which its tokenizer puts 0 times"):
+        encode(rows, get_task("cola"), tokenizer, config)
+    config.eos_token_id = 3  # [SEP]
+    assert len(encode(rows, get_task("cola"), tokenizer, config)) == 2
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"samples": 0}, {"batch_size": 0}])
+def test_calibration_of_nothing_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, int]
+) -> None:
+    with pytest.raises(LowRankError, match="a seed is|must be at least 1"):
+        calibration_loader(sequence_classifier(), tokenizer, get_task("cola"), write(tmp_path, train=COLA), **options)
 
 
 # --- names of labels ---

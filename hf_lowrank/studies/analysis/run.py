@@ -14,6 +14,7 @@ from hf_lowrank.compression.compress import unreached
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.model.targets import check_weights, find_targets, rank_of, unstacked
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics
@@ -52,6 +53,9 @@ class AnalysisConfig:
     exclude: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
+        if self.batch_size < 1:
+            raise LowRankError(f"a batch is at least 1 row, not {self.batch_size}")
         if not self.methods:
             raise LowRankError("there is no method to analyse; name one or more, such as svd and kfac")
         for method in self.methods:

@@ -8,7 +8,7 @@ import yaml
 
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks.table import NAMES
+from hf_lowrank.tasks.table import task_name
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.finetune import FinetuneConfig
 
@@ -100,7 +100,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except FileNotFoundError:
         raise LowRankError(f"there is no recipe {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LowRankError(f"{path} is not a YAML file: {error}") from None
+        raise LowRankError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     try:
         return parse_recipe(content, Path(path).stem)
     except LowRankError as error:
@@ -127,7 +127,7 @@ def _experiment(given: Settings) -> Experiment:
     for key in ("path", "models", "tasks"):
         if key not in given:
             raise LowRankError(f"the key {key!r} is missing")
-    if given["path"] not in PATHS:
+    if given["path"] not in list(PATHS):  # it may be anything, a mapping too
         known = "; ".join(f"{number}: {what}" for number, what in PATHS.items())
         raise LowRankError(f"path is {given['path']!r}; the paths are {known}")
     compresses = given["path"] != 1
@@ -176,10 +176,7 @@ def compression_config(method: str, budget: Settings) -> CompressionConfig:
         LowRankError: an unknown method, or a value that cannot be.
     """
     lists: Settings = {key: tuple(value) if isinstance(value, list) else value for key, value in budget.items()}
-    try:
-        return CompressionConfig(method, **lists)
-    except TypeError as error:
-        raise LowRankError(f"the budget {budget} holds a value of another kind: {error}") from None
+    return CompressionConfig(method, **lists)
 
 
 def _training(given: Any, where: str, more: tuple[str, ...] = ()) -> Settings | None:
@@ -192,8 +189,8 @@ def _training(given: Any, where: str, more: tuple[str, ...] = ()) -> Settings | 
     given = {key: _number(value) if key == "learning_rate" else value for key, value in given.items()}
     try:
         FinetuneConfig(**{key: value for key, value in given.items() if key in known})
-    except TypeError as error:
-        raise LowRankError(f"{where} holds a value of another kind: {error}") from None
+    except LowRankError as error:
+        raise LowRankError(f"{where}: {error}") from None
     if "distillation" in given:
         given["distillation"] = given["distillation"] or {}
         _check_keys(given["distillation"], DISTILLATION, "distillation")
@@ -221,8 +218,7 @@ def _task(given: Any) -> TaskChoice:
     if isinstance(given, str):
         given = {"name": given}
     _check_keys(given, [each.name for each in fields(TaskChoice)], "a task")
-    if given.get("name") not in NAMES:
-        raise LowRankError(f"unknown task {given.get('name')!r}; the tasks are {', '.join(NAMES)}")
+    given = {**given, "name": task_name(str(given.get("name")))}
     columns = given.get("text_columns")
     return TaskChoice(**given | {"text_columns": tuple(_list(columns, "text_columns")) if columns else None})
 
