@@ -23,6 +23,7 @@ from benchmarks import (
     loading,
     memory,
     model_speed,
+    mutation,
     profile_compress,
     scaling,
     startup,
@@ -50,9 +51,11 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "convolutions": convolutions.run,
     "experts": experts.run,
     "house": house.run,
+    "mutation": mutation.run,
 }
 
 NEED_MODEL = ("attention", "calibration", "profile")
+BY_NAME = ("mutation",)  # too long to be run along with the others
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -74,6 +77,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
   experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
   house          the rooms of the library, and the arrows between them                     seconds
+  mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.
 Nothing is downloaded: models are randomly initialised and data made up, unless --model gives a real one.
@@ -99,15 +103,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     torch.set_num_threads(given.threads)
     options = Options(
-        given.threads, given.rounds, given.model, given.task, given.data_dir, given.all_layers, given.all, given.output
+        threads=given.threads,
+        rounds=given.rounds,
+        model=given.model,
+        task=given.task,
+        data_dir=given.data_dir,
+        all_layers=given.all_layers,
+        everything=given.all,
+        sample=given.sample,
+        seed=given.seed,
+        output=given.output,
     )
     try:
-        for name in given.names or [name for name in BENCHMARKS if given.model or name not in NEED_MODEL]:
+        for name in given.names or _by_default(given.model is not None):
             _run(name, options, given.output)
     except LowRankError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _by_default(with_model: bool) -> list[str]:
+    """What is run where nothing is named."""
+    return [name for name in BENCHMARKS if name not in BY_NAME and (with_model or name not in NEED_MODEL)]
 
 
 def _run(name: str, options: Options, folder: Path) -> None:
@@ -145,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"{', '.join(BENCHMARKS)}; default: all, {' and '.join(NEED_MODEL)} only with --model",
+        help=f"{', '.join(BENCHMARKS)}; default: all, without {', '.join(BY_NAME)} and, unless there is a --model, "
+        f"{' and '.join(NEED_MODEL)}",
     )
     parser.add_argument("--threads", type=_positive, default=1, help="of PyTorch; 1 is the steadiest (default: 1)")
     parser.add_argument("--rounds", type=_positive, default=5, help="turns that each competitor takes (default: 5)")
@@ -153,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("benchmarks/results"), help="folder for JSON (default: benchmarks/results)"
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
+    parser.add_argument("--sample", type=_positive, default=200, help="mutation: mutants to try (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="mutation: which mutants are drawn (default: 0)")
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
         "--model", help="calibration, profile, and convergence: a real model, a folder or a name on the Hub"

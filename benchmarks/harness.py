@@ -38,6 +38,8 @@ class Options:
     data_dir: Path | None = None
     all_layers: bool = False
     everything: bool = False
+    sample: int = 200
+    seed: int = 0
     output: Path = Path("benchmarks/results")
 
 
