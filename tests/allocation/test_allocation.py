@@ -296,3 +296,10 @@ def test_a_greedy_model_is_as_large_as_a_uniform_one() -> None:
         sizes[allocation] = report.parameters_after
         assert report.settings["allocation"] == allocation
     assert 0 <= sizes["uniform"] - sizes["greedy"] < 96
+
+
+def test_every_rank_is_a_candidate_unless_told_otherwise() -> None:
+    def cost(shape: tuple[int, int], rank: int | None) -> float:
+        return 10 if rank is None else rank
+
+    assert layer_choices((4, 6), cost).ranks == (1, 2, 3, 4, None)

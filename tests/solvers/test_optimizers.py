@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.elementwise import ElementWise
@@ -199,3 +200,21 @@ def test_a_miss_lists_the_names_and_a_second_registration_is_refused() -> None:
         ElementWise(torch.ones(2, 2), optimizer="")
     with pytest.raises(ValueError, match="exists already"):
         register("als")(functools.partial(solve, "als"))
+
+
+@pytest.mark.parametrize("name", ["alternating", "als", "sgd", "adam", "lbfgs"])  # EM counts an eigenproblem besides
+def test_the_products_of_a_trace_are_those_that_were_made(name: str) -> None:
+    weight, importance = problem(1.0, (96, 160))
+    start = ElementWise(importance).two_sided().factorize(weight, RANK)
+    with FlopCounterMode(display=False) as counter:
+        solution = OPTIMIZERS[name](weight, importance, start.up.float(), start.down.float(), 10, 0.0)
+    made = counter.get_total_flops() / (2 * 96 * 160 * RANK)
+    assert solution.trace.products[-1] == pytest.approx(made, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_two_sided_importance_of_rank_one_is_the_importance_itself(scale: float) -> None:
+    importance = scale * torch.outer(torch.rand(24), torch.rand(40)) / 100
+    delta = torch.randn(24, 40)
+    exact = ElementWise(importance)
+    torch.testing.assert_close(exact.two_sided().error(delta), exact.error(delta), rtol=1e-4, atol=0)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statistics
+from hf_lowrank.jobs import progress
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.statistics import collect
@@ -359,3 +360,33 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         Statistics.load(folder)
     with pytest.raises(LowRankError, match="there is no"):
         Statistics.load(tmp_path)
+
+
+def test_an_embedding_counts_its_tokens() -> None:
+    model, batch = tiny_bert(num_labels=3), padded_batch(torch.tensor([0, 2, 1, 2]))
+    name, kinds = "bert.embeddings.word_embeddings", ["fisher", "activation_moment", "gradient_moment", "active_tokens"]
+    measured = compute_statistics(model, [batch], kinds, include=["word_embeddings"], progress=False)
+    counts = torch.bincount(batch["input_ids"][batch["attention_mask"].bool()], minlength=VOCABULARY)
+    torch.testing.assert_close(4 * measured.mean("activation_moment", name), counts.float())
+    assert float(4 * measured.mean("active_tokens", name)) == counts.sum()
+    fisher, moment = measured.mean("fisher", name), measured.mean("gradient_moment", name)
+    torch.testing.assert_close(moment, moment.T)
+    assert fisher.shape == (32, VOCABULARY)
+    assert (fisher.sum(dim=0) > 0).tolist() == (counts > 0).tolist()
+
+
+def test_passes_are_counted_from_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0)  # a line for every batch
+    batch = padded_batch(torch.tensor([0, 2, 1, 2]))
+    compute_statistics(tiny_bert(num_labels=3), [batch], ["fisher_in_eigenbasis"])
+    told = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["statistics, pass 1 of 2", "statistics, pass 2 of 2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_are_relied_on_after_one_check(dtype: torch.dtype) -> None:
+    model, batch = tiny_bert(num_labels=3).to(dtype), padded_batch(torch.tensor([0, 2, 1, 2]))
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, args, given: calls.append(len(given["input_ids"])), with_kwargs=True)
+    compute_fisher(model, [batch, batch], progress=False)
+    assert calls == [1, 1, 2, 4, 4]
