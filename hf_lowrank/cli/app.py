@@ -6,6 +6,7 @@ help or a mistyped word should not.
 
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -72,7 +73,7 @@ def _run() -> None:
             raise
         if _is_other_process():
             time.sleep(GRACE)  # if the main process says the same, the launcher ends this one meanwhile
-        print(f"hf-lowrank: {error}", file=sys.stderr)
+        print(f"hf-lowrank: {in_options(str(error), sys.argv[1:])}", file=sys.stderr)
         _leave(2)
     except SystemExit as end:
         if not end.code and "WORLD_SIZE" in os.environ:
@@ -80,6 +81,18 @@ def _run() -> None:
 
             PartialState().destroy_process_group()
         raise
+
+
+def in_options(message: str, words: list[str]) -> str:
+    """A message of the library, which speaks of arguments, in the words of the command that was called.
+
+    Names of two words alone, such as max_length: others may mean something else.
+    """
+    command: Any = typer.main.get_command(app)
+    called = command.commands.get(words[0]) if words else None
+    options = {option.name: option.opts[0] for option in called.params if "_" in option.name} if called else {}
+    named = "|".join(map(re.escape, options))
+    return re.sub(rf"(?<![\w./'-])({named})(?![\w/'=])", lambda m: options[m[1]], message) if named else message
 
 
 def _leave(code: int) -> None:

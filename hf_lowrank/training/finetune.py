@@ -308,7 +308,8 @@ def _last_checkpoint(folder: Path, settings: dict[str, Any], resume: bool) -> st
         LowRankError: there are checkpoints but `resume` is off, or they belong to a run with other settings.
     """
     path = folder / SETTINGS
-    if path.is_file():
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    if whole and path.is_file():
         if not resume:
             raise LowRankError(f"{folder} holds the checkpoints of an interrupted run; resume it, or delete the folder")
         for name, before, now in differences(read_json(path), settings):
@@ -316,7 +317,6 @@ def _last_checkpoint(folder: Path, settings: dict[str, Any], resume: bool) -> st
                 f"{folder} holds checkpoints of a run with {name} {before!r}, not {now!r}; "
                 "resume it with its own settings, or delete the folder"
             )
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_lowrank import Statistics
+from hf_lowrank.cli.app import in_options
 from tests.helpers import bert_config
 from tests.tiny_task import WORDS, run, tiny_tokenizer
 
@@ -283,3 +284,17 @@ def test_every_command_with_methods_lists_them(command: str, monkeypatch: Any, c
     code, printed, _ = run(monkeypatch, capfd, command, "--method", "help")
     assert code == 0
     assert "Hua et al." in printed
+
+
+@pytest.mark.parametrize(
+    ("message", "words", "told"),
+    [
+        ("max_length must be at least 1", ["compress", "x"], "--max-length must be at least 1"),
+        ("give one budget, not 2: keep, keep_model", ["compress"], "give one budget, not 2: keep, --keep-model"),
+        ("/data/max_length/rows.csv is broken", ["compress"], "/data/max_length/rows.csv is broken"),
+        ("max_length must be at least 1", ["methods"], "max_length must be at least 1"),
+        ("max_length must be at least 1", [], "max_length must be at least 1"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command(message: str, words: list[str], told: str) -> None:
+    assert in_options(message, words) == told
