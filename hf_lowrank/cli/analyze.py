@@ -1,7 +1,8 @@
 """hf-lowrank analyze: before compressing, what a model will bear, where and why."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,8 +107,24 @@ def analyze_command(
     if as_json:
         return print_json(analysis.to_dict())
     for finding in analysis.findings:
-        console.print(f"• {finding}", highlight=False)
+        console.print(f"• {finding}", highlight=False, markup=False)
     console.print(f"the report is {output / 'report.html'}; to compress as it advises:", highlight=False)
-    words = f"hf-lowrank compress {model} --task {task} --method {analysis.best_method} --rank-ratio {rank_ratio}"
-    data = f" --data-dir {data_dir}" if data_dir is not None else ""
-    console.print(f"{words}{data} --output {public_name(model)}-lowrank", highlight=False, soft_wrap=True)
+    chosen_layers = {"include": include, "exclude": exclude}
+    columns = {"data_dir": data_dir, "text_column": text_column, "label_column": label_column, "max_length": max_length}
+    measured = {"samples": samples if samples != 512 else None, "seed": seed or None}
+    options = {"task": task, "method": analysis.recommended.method, "rank_ratio": analysis.recommended.rank_ratio}
+    options |= {**columns, **measured, **chosen_layers, "output": f"{Path(public_name(model)).name}-lowrank"}
+    console.print(_command("compress", model, **options), highlight=False, markup=False, soft_wrap=True)
+
+
+def _command(name: str, model: str, **options: Any) -> str:
+    """A command as it is typed into a shell; options that are None are left out, lists repeat theirs.
+
+    >>> _command("compress", "my model", exclude=["*.query"], seed=None, rank_ratio=0.5)
+    "hf-lowrank compress 'my model' --exclude '*.query' --rank-ratio 0.5"
+    """
+    words = ["hf-lowrank", name, model]
+    for option, value in options.items():
+        for given in value if isinstance(value, list) else [] if value is None else [value]:
+            words += [f"--{option.replace('_', '-')}", str(given)]
+    return shlex.join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from hf_lowrank.studies.analysis.recommend import (
     USE_WEIGHTING,
     recommend_layers,
     recommend_model,
+    recommended_point,
 )
 from hf_lowrank.studies.analysis.study import Study
 from hf_lowrank.studies.analysis.truncation import directions, group_slice, truncate_groups
@@ -202,8 +204,8 @@ def test_directions_in_the_wrong_order_are_told() -> None:
     groups = (group(1, 9.0, 1.0), group(2, 1.0, 0.1), group(3, 4.0, 0.5), group(4, -3.0, 0.1), group(5, -1.0, 0.1))
     told = list(_misjudged(GroupTruncation("svd", groups, 0.7, 0.7, 1.0), "points"))
     assert told == [
-        "svd misjudges directions: group 3 of 5 costs 4 ± 0.5 points when removed, "
-        "group 2, which it puts before, 1 ± 0.1."
+        "svd ranks some directions wrongly: removing group 3 of 5 costs 4 ± 0.5 points, removing group 2, which it "
+        "takes to be more important, 1 ± 0.1."
     ]
     noisy = tuple(group(each.group, each.measured.damage, 2.0) for each in groups)
     assert not list(_misjudged(GroupTruncation("svd", noisy, 0.7, 0.7, 1.0), "points"))
@@ -218,7 +220,7 @@ def test_the_sweep_scores_what_compress_makes(
 ) -> None:
     points = rank_sweep(study, method, (0.25, 0.5))
     for point in points:
-        config = CompressionConfig(method, point.rank_ratio, "uniform")
+        config = CompressionConfig(method, point.rank_ratio)
         compressed, report = compress(copy.deepcopy(model), config, statistics, progress=False)
         score = evaluate_splits(compressed, tokenizer, TASK, validation, progress=False)["score"]
         assert point.measured.score == pytest.approx(score, abs=1e-2)
@@ -367,14 +369,39 @@ def point(method: str, damage: float, error: float = 0.1) -> SweepPoint:
     ("damages", "advice"),
     [
         ({"svd": 0.5, "kfac": 0.1}, "plain SVD is enough"),
-        ({"svd": 5.0, "fwsvd": 2.0, "kfac": 0.5}, "use weighting: kfac"),
+        ({"svd": 5.0, "fwsvd": 2.0, "kfac": 0.5}, "use weighting by kfac"),
         ({"svd": 50.0, "kfac": 5.0}, "even the best method, kfac, is not free: it loses 5 ± 0.1 points"),
-        ({"fwsvd": 0.3, "kfac": 0.5}, "use weighting: fwsvd"),
+        ({"fwsvd": 0.3, "kfac": 0.5}, "use weighting by fwsvd"),
     ],
 )
 def test_the_model_is_advised_by_what_was_measured(damages: dict[str, float], advice: str) -> None:
     points = [point(method, damage) for method, damage in damages.items()]
     assert advice in recommend_model(points, 0.33, Baseline(80.0, 1.0, 0.5, 100), TASK)
+
+
+@pytest.mark.parametrize(
+    ("damages", "recommended"),
+    [
+        ({0.33: {"svd": 0.5, "kfac": 0.1}, 0.5: {"svd": 0.1, "kfac": 0.0}}, ("svd", 0.33)),
+        ({0.33: {"svd": 5.0, "kfac": 0.5}, 0.5: {"svd": 0.1, "kfac": 0.0}}, ("kfac", 0.33)),
+        ({0.2: {"kfac": 0.1}, 0.33: {"svd": 50.0, "kfac": 5.0}, 0.5: {"kfac": 4.0}, 0.6: {"kfac": 0.3}}, ("kfac", 0.6)),
+        ({0.33: {"svd": 50.0, "kfac": 5.0}, 0.5: {"svd": 9.0, "kfac": 3.0}, 1.0: {"kfac": 0.0}}, ("kfac", 0.33)),
+    ],
+)
+def test_what_is_recommended_was_measured_to_be_good_enough(
+    damages: dict[float, dict[str, float]], recommended: tuple[str, float]
+) -> None:
+    points = [
+        replace(point(method, damage), rank_ratio=ratio, targeted_share=ratio)
+        for ratio, by_method in damages.items()
+        for method, damage in by_method.items()
+    ]
+    dense = Baseline(80.0, 1.0, 0.5, 100)
+    found = recommended_point(points, 0.33, dense, TASK)
+    assert (found.method, found.rank_ratio) == recommended
+    told = recommend_model(points, 0.33, dense, TASK)
+    assert told.startswith("Keeping 33% of the ranks, ")
+    assert (f"keep {found.rank_ratio:.0%} of the ranks by {found.method}" in told) == (found.rank_ratio != 0.33)
 
 
 def test_what_the_samples_cannot_tell_is_tolerated() -> None:
@@ -505,8 +532,11 @@ def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, m
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "http" not in page
     last = run(monkeypatch, capfd, *words)[1].strip().splitlines()[-1]  # its measurements are kept
-    assert last.startswith(f"hf-lowrank compress {folder} --task stsb --method ")
-    assert f"--rank-ratio 0.25 --data-dir {data} --output " in last
+    advised = record["recommended"]
+    assert last == (
+        f"hf-lowrank compress {folder} --task stsb --method {advised['method']} --rank-ratio {advised['rank_ratio']} "
+        f"--data-dir {data} --samples 16 --output model-lowrank"
+    )
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 6
     assert page.index("<h2>Findings") < page.index("<h2>Plots") < page.index("<h2>Tables")
     assert str(tmp_path) not in page + printed
@@ -514,7 +544,7 @@ def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, m
     monkeypatch.setattr(Evaluator, "measure", lambda self: pytest.fail("measured again"))
     code, printed, _ = run(monkeypatch, capfd, *words)
     assert code == 0
-    assert "of the ranks in every layer" in printed
+    assert "• Keeping 25% of the ranks, " in printed.replace("\n", " ")
     code, _, err = run(monkeypatch, capfd, *words, "--eval-samples", 10)
     assert code == 2
     assert "another validation samples: 20 then, 10 now" in err

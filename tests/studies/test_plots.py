@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib import _pylab_helpers, rcParams
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -214,3 +216,42 @@ def test_correlations_without_a_value_are_left_out() -> None:
     figure = correlation_figure(known)
     assert [[bar.get_width() for bar in axes.patches] for axes in figure.axes] == [[0.42], [-0.5]]
     assert texts(figure) == ["0.42", "-0.50"]
+
+
+# --- nothing is cut off ---
+
+
+def cut(figure: Figure) -> list[str]:
+    """The titles, labels and legends that reach beyond the picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axes in filter(Axes.get_visible, figure.axes):
+        shown += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        shown += axes.get_legend().get_texts() if axes.get_legend() else []
+    page = figure.get_window_extent()
+    boxes = {text.get_text(): text.get_window_extent(canvas.get_renderer()) for text in shown if text.get_text()}
+    return [
+        text for text, box in boxes.items() if min(box.x0, box.y0) < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1
+    ]
+
+
+@pytest.mark.parametrize("methods", [["svd"], ["svd", "kfac"], list(METHODS)])
+def test_no_text_of_an_analysis_is_cut_off(methods: list[str]) -> None:
+    points = [SweepPoint(m, ratio, 0.5, measured(10 * (1 - ratio))) for m in methods for ratio in (0.1, 0.33, 0.5, 0.7)]
+    found = [
+        replace(layer, methods={m: LayerMethod(0.1, 0.1, 0.3, measured(n - 3.0)) for m in methods})
+        for n, layer in enumerate(layers(6))
+    ]
+    known = [Correlation("expected increase, Kronecker", f"{m}: loss increase", 0.4, 0.01, 36) for m in methods]
+    figures = {
+        "rank sweep": rank_sweep_figure(points, Baseline(80.0, 1.0, 0.5, 300), "pearson_spearman", False),
+        "truncation": truncation_figure(
+            [truncation(m, [9.0, 2.0, -0.1]) for m in methods], "points of pearson_spearman"
+        ),
+        "redundancy": redundancy_figure(layers(1)[:1], 0.33),
+        "expectation": expectation_figure(found),
+        "fisher": fisher_figure(found),
+        "correlation": correlation_figure(known),
+    }
+    assert {name: texts for name, figure in figures.items() if (texts := cut(figure))} == {}

@@ -33,15 +33,18 @@ def findings(analysis: "Analysis") -> list[str]:
 def _truncation(analysis: "Analysis") -> Iterator[str]:
     first = {t.method: t.concentration for t in analysis.truncation if t.concentration is not None}
     if first:
+        told = ", ".join(f"{method} {share:.0%}" for method, share in first.items())
         yield (
-            "Share of the damage that the first third of the singular directions does, the third that a method would "
-            f"keep (1 = nothing else matters): {_marks(first)}."
+            "Does a method know which parts of the weights matter? All singular directions were removed, one group at "
+            f"a time. Of the damage that this did, the third that a method would keep first accounts for: {told}. At "
+            "100% the method throws nothing away that matters."
         )
     order = {t.method: t.monotonicity for t in analysis.truncation if t.monotonicity is not None}
     if order:
         yield (
-            "How steadily damage falls from group to group of directions (1 = always; where the first groups do all of "
-            f"it, the rest is noise): {_marks(order)}."
+            "Does a group do less damage the later the method ranks it? Agreement of the two orders, 1 if always, 0 if "
+            f"there is no relation, −1 if reversed: {_marks(order)}. Where the first groups do all the damage, the "
+            "order of the others is chance, and a low number no fault."
         )
     for truncation in analysis.truncation:
         yield from _misjudged(truncation, analysis.damage_unit)
@@ -60,9 +63,9 @@ def _misjudged(truncation: GroupTruncation, unit: str) -> Iterator[str]:
         _, earlier, later = max(pairs, key=lambda pair: pair[0])
         costs = {g.group: f"{g.measured.damage:.3g} ± {g.measured.damage_error:.2g}" for g in (earlier, later)}
         yield (
-            f"{truncation.method} misjudges directions: group {later.group} of {len(truncation.groups)} costs "
-            f"{costs[later.group]} {unit} when removed, group {earlier.group}, which it puts before, "
-            f"{costs[earlier.group]}."
+            f"{truncation.method} ranks some directions wrongly: removing group {later.group} of "
+            f"{len(truncation.groups)} costs {costs[later.group]} {unit}, removing group {earlier.group}, which it "
+            f"takes to be more important, {costs[earlier.group]}."
         )
 
 
@@ -74,15 +77,15 @@ def _redundancy(analysis: "Analysis") -> Iterator[str]:
     top = sorted(analysis.layers, key=lambda layer: layer.share, reverse=True)[:3]
     named = ", ".join(f"{layer.name} ({layer.share:.0%})" for layer in top)
     yield (
-        f"Of the {len(analysis.layers)} layers, those that carry most of the expected loss increase at "
-        f"{analysis.rank_ratio:.0%} of the ranks are {named}."
+        f"Where does it hurt? If each of the {len(analysis.layers)} layers kept {analysis.rank_ratio:.0%} of its "
+        f"ranks, the largest shares of the loss to be expected would come from {named}."
     )
     by_kind: dict[str, float] = defaultdict(float)
     for layer in analysis.layers:
         by_kind[kind_of(layer.name)] += layer.share
     ordered = sorted(by_kind.items(), key=lambda item: item[1], reverse=True)
     if 1 < len(ordered) < len(analysis.layers):
-        yield "By layer type: " + ", ".join(f"{kind} {share:.0%}" for kind, share in ordered) + "."
+        yield "The same by type of layer: " + ", ".join(f"{kind} {share:.0%}" for kind, share in ordered) + "."
 
 
 def _layers(analysis: "Analysis") -> Iterator[str]:
@@ -91,19 +94,19 @@ def _layers(analysis: "Analysis") -> Iterator[str]:
         what: sum(given == what for given in advice.values()) for what in (SVD_ENOUGH, USE_WEIGHTING, LEAVE_DENSE)
     }
     yield (
-        "Layer by layer, held against each other: "
-        + ", ".join(f"{what} for {count}" for what, count in counts.items())
+        "What would suit each layer, in comparison with the others (which ones: see the table of layers)? "
+        + "; ".join(f"{what}: {count} of {len(analysis.layers)}" for what, count in counts.items())
         + "."
     )
     for method in dict.fromkeys(("svd", analysis.best_method)):
         means = [_mean_increase(analysis.layers, method, advice, what) for what in counts]
         if method in analysis.methods and sum(mean is not None for mean in means) > 1:
             told = ", ".join(
-                f"{mean:.2g} where the advice is '{what}'"
+                f"{mean:+.2g} where the advice is '{what}'"
                 for what, mean in zip(counts, means, strict=True)
                 if mean is not None
             )
-            yield f"Measured loss increase per layer compressed alone by {method}, on average: {told}."
+            yield f"Was that right? Compressing one layer alone by {method} changed the loss, on average, by {told}."
 
 
 def _mean_increase(layers: Sequence[LayerAnalysis], method: str, advice: Mapping[str, str], what: str) -> float | None:
@@ -117,32 +120,41 @@ def _predictors(analysis: "Analysis") -> Iterator[str]:
     known = [c for c in defined if c.outcome.endswith("loss increase")]
     own = {c.outcome.split(":")[0]: c.rho or 0.0 for c in known if c.predictor == EXPECTED}
     if own:
-        yield f"The expected loss increase orders layers as compressing each alone does, Spearman's ρ: {_marks(own)}."
+        yield (
+            "Can it be known beforehand which layers cost most? Agreement between the expected order of the layers and "
+            "that of the loss measured with each compressed alone (Spearman's ρ: 1 the same order, 0 no relation, "
+            f"−1 reversed): {_marks(own)}."
+        )
     spread = [c for c in defined if c.predictor == EXPECTED and c.outcome.endswith(SPREAD)]
     if spread:
         marks = _marks({c.outcome.split(":")[0]: c.rho or 0.0 for c in spread})
-        yield f"It orders them by how far the losses of single samples move, up or down, with ρ: {marks}."
+        yield f"Agreement with how far compressing a layer moves the losses of single samples, up or down: {marks}."
     for outcome in dict.fromkeys(c.outcome for c in known if c.predictor == VARIATION):
         rivals = [c for c in known if c.outcome == outcome]
         variation = next(c for c in rivals if c.predictor == VARIATION)
-        best = max(rivals, key=lambda c: c.rho or 0.0)
         what = outcome.removesuffix(": loss increase")
-        loss = "the loss of plain SVD" if what == "svd" else f"the {what}"
-        better = (
-            f"best ordered by the {best.predictor} (ρ = {best.rho:.2f})"
-            if _certain(best)
-            else "predicted by nothing here"
-        )
-        yield f"The variation of Fisher information over a matrix {_verdict(variation, loss)}, which is {better}."
+        saved = f"{what.removeprefix('rescue by ')} saves over plain SVD"
+        verdict = _verdict(variation, "plain SVD loses" if what == "svd" else saved)
+        yield f"{verdict} {_best(max(rivals, key=lambda c: c.rho or 0.0))}"
 
 
 def _verdict(correlation: Correlation, loss: str) -> str:
-    told = f"(ρ = {correlation.rho:.2f}, {correlation.matrices} matrices)"
-    if not _certain(correlation):
-        return f"says nothing certain {told} of {loss}"
-    return (
-        f"rises {told} with {loss}" if (correlation.rho or 0.0) > 0 else f"falls {told}, against the claim, with {loss}"
+    """Whether the variation of Fisher information, the papers' predictor, holds for an outcome."""
+    claim = (
+        "The more unevenly a layer's Fisher information (how much the loss depends on each weight) is spread, the more"
     )
+    told = f"(ρ = {correlation.rho:.2f}, {correlation.matrices} layers)"
+    if not _certain(correlation):
+        return f"{claim} {loss}? These layers do not say so with any certainty {told}."
+    if (correlation.rho or 0.0) > 0:
+        return f"{claim} {loss}: so it is here {told}."
+    return f"{claim} {loss}? Here it is the reverse, against the papers' claim {told}."
+
+
+def _best(correlation: Correlation) -> str:
+    if not _certain(correlation):
+        return "Nothing that was computed beforehand foretells it."
+    return f"What foretells it best is the {correlation.predictor} (ρ = {correlation.rho:.2f})."
 
 
 def _certain(correlation: Correlation) -> bool:

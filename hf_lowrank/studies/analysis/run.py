@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import Budget
 from hf_lowrank.compression.compress import unreached
+from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.progress import bar
@@ -24,7 +25,7 @@ from hf_lowrank.studies.analysis.journal import Journal, plain, weights_digest
 from hf_lowrank.studies.analysis.layers import YARDSTICK, LayerAnalysis, analyze_layers, correlations
 from hf_lowrank.studies.analysis.predictor import Correlation
 from hf_lowrank.studies.analysis.rank_sweep import SweepPoint, rank_sweep
-from hf_lowrank.studies.analysis.recommend import recommend_layers, recommend_model
+from hf_lowrank.studies.analysis.recommend import recommend_layers, recommend_model, recommended_point
 from hf_lowrank.studies.analysis.study import Study
 from hf_lowrank.studies.analysis.truncation import GroupTruncation, truncate_groups
 from hf_lowrank.tasks import Task
@@ -91,6 +92,7 @@ class Analysis:
     correlations: tuple[Correlation, ...]
     layer_recommendations: dict[str, str]
     recommendation: str
+    recommended: SweepPoint
 
     @property
     def best_method(self) -> str:
@@ -110,7 +112,9 @@ class Analysis:
 
 def needed_statistics(methods: Sequence[str]) -> tuple[str, ...]:
     """The kinds to measure for an analysis of these methods: theirs, and those of the predictor."""
-    return tuple(dict.fromkeys(need for name in (*methods, "tfwsvd", YARDSTICK) for need in get_method(name).needs))
+    compressed = (need for name in methods for need in CompressionConfig(name).needs)
+    predicted = (need for name in ("tfwsvd", YARDSTICK) for need in get_method(name).needs)
+    return tuple(dict.fromkeys((*compressed, *predicted)))
 
 
 def analyze(
@@ -176,6 +180,7 @@ def analyze(
         tuple(correlations(layers)),
         recommend_layers(layers),
         recommend_model(sweep, config.rank_ratio, evaluator.dense, task),
+        recommended_point(sweep, config.rank_ratio, evaluator.dense, task),
     )
 
 

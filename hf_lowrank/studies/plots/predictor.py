@@ -96,7 +96,7 @@ def correlation_figure(correlations: Sequence[Correlation], ending: str = "loss 
     predictors = list(dict.fromkeys(each.predictor for each in known))
     columns = min(PANELS, len(outcomes))
     rows = -(-len(outcomes) // columns)
-    figure = new_figure(2.6 + 1.25 * columns, rows * (0.9 + 0.3 * len(predictors)) + 0.3)
+    figure = new_figure(2.6 + 1.25 * columns, rows * (0.9 + 0.3 * len(predictors)) + 0.45)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for n, panel in enumerate(panels):
         if n >= len(outcomes):
@@ -106,7 +106,7 @@ def correlation_figure(correlations: Sequence[Correlation], ending: str = "loss 
         _bars(panel, {predictors.index(name): value for name, value in rho.items()}, outcomes[n])
         panel.set_yticks(range(len(predictors)), predictors)
         panel.set_ylim(len(predictors) - 0.5, -0.5)
-    figure.supxlabel("Spearman's ρ over layers: 1 means that the predictor orders them rightly", fontsize=8.5)
+    figure.supxlabel("Spearman's ρ over layers:\n1 means that the predictor orders them rightly", fontsize=8.5)
     return figure
 
 

@@ -32,7 +32,7 @@ def rank_sweep_figure(points: Sequence[SweepPoint], dense: Baseline, score_name:
     axes.xaxis.set_major_locator(FixedLocator(ratios))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("ranks kept in every layer, rank / min(in, out); layers at break-even stay dense")
+    axes.set_xlabel("rank ratio: share of the ranks kept, spread over the layers as compress does by default")
     axes.set_ylabel(f"{score_name.replace('_', '–')}" + (" (less is better)" if lower_is_better else " (%)"))
     if lower_is_better:
         axes.set_yscale("log")

@@ -15,7 +15,7 @@ def redundancy_figure(layers: Sequence[LayerAnalysis], rank_ratio: float) -> Fig
     cells = {layer.name: Cell(100 * layer.share, _percent(layer.share)) for layer in layers}
     title = f"Where the expected loss is, with {rank_ratio:.0%} of the ranks everywhere"
     norm = log_norm([100 * layer.share for layer in layers], decades=3)
-    return heat_map(cells, title, "share of the expected loss increase (%)", norm)
+    return heat_map(cells, title, "share of the expected\nloss increase (%)", norm)
 
 
 def _percent(share: float) -> str:

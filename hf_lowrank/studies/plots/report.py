@@ -21,7 +21,8 @@ from hf_lowrank.studies.plots.truncation import truncation_figure
 JOURNAL, PAGE, RECORD = "measurements.jsonl", "report.html", "analysis.json"
 
 CAPTIONS = {
-    "rank_sweep": "The score as ranks are taken away from every layer alike, without fine-tuning. Whiskers are "
+    "rank_sweep": "The score as ranks are taken away, without fine-tuning: that of the model which `compress` makes by "
+    "this method and rank ratio, with ranks spread over the layers by the method's own allocation. Whiskers are "
     "standard errors of the difference to the dense model.",
     "group_truncation": "Singular directions of every layer in groups, from those a method keeps first to those it "
     "drops first, each group removed alone. A method that knows what matters shows falling bars (Hsu et al., 2022, "
@@ -94,7 +95,8 @@ def page(analysis: Analysis, images: dict[str, bytes]) -> str:
     facts = (
         f"Dense {analysis.score_name} {dense.score:.2f} ± {dense.score_error:.2f} on {dense.samples} validation "
         f"samples; {len(analysis.layers)} layers; statistics of {analysis.statistics['samples']} training samples. "
-        "± is one standard error. Nothing was fine-tuned after compression."
+        "± is one standard error. Nothing was fine-tuned after compression. Fewer ranks make a smaller model; damage "
+        f"is what the score loses, in {analysis.damage_unit}."
     )
     parts = [
         f"<h1>{escape(title)}</h1>",

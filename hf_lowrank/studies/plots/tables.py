@@ -11,7 +11,7 @@ def sweep_rows(analysis: Analysis) -> tuple[Row, list[Row]]:
     """Every method at every rank ratio."""
     header = (
         "method",
-        "ranks kept",
+        "rank ratio",
         "targeted parameters",
         analysis.score_name,
         f"damage ({analysis.damage_unit})",

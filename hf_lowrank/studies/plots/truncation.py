@@ -41,8 +41,8 @@ def truncation_figure(truncations: Sequence[GroupTruncation], damage_unit: str) 
             below.set_ylabel("reconstruction\nerror ‖Δ‖ / ‖W‖")
     bar = Patch(color=GREY, label="measured, ± standard error")
     line = Line2D([], [], color=BLACK, linestyle=":", marker=".", label="ideal: the same damages, falling")
-    figure.legend(handles=[bar, line], loc="outside lower center", ncols=2)
-    figure.suptitle("Damage of removing one group of singular directions from all layers at once", fontsize=10)
+    figure.legend(handles=[bar, line], loc="outside lower center", ncols=min(2, columns))
+    figure.suptitle("Damage of removing one group of\nsingular directions from all layers at once", fontsize=10)
     return figure
 
 
