@@ -75,12 +75,13 @@ def task_name(name: str) -> str:
     Raises:
         LowRankError: there is no such task; the message lists the names, and the nearest.
     """
-    spelled = {_letters(known): known for known in NAMES}
+    names = (*TASKS, "custom")  # with those that somebody has added
+    spelled = {_letters(known): known for known in names}
     if found := spelled.get(_letters(name)):
         return found
     near = get_close_matches(_letters(name), spelled, 1)
     meant = f"; did you mean {spelled[near[0]]!r}?" if near else ""
-    raise LowRankError(f"unknown task {name!r}; the tasks are {', '.join(NAMES)}{meant}")
+    raise LowRankError(f"unknown task {name!r}; the tasks are {', '.join(names)}{meant}")
 
 
 def _letters(name: str) -> str:

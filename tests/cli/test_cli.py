@@ -198,6 +198,7 @@ def test_overwriting_replaces_the_folder(model: Path, data: Path, tmp_path: Path
     assert (out / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(
     model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:

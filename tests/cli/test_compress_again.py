@@ -99,7 +99,7 @@ def test_a_sweep_counts_against_the_original(
 def test_an_analysis_is_of_whole_weights(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = ["--methods", "svd", "--groups", "2", "--output", tmp_path / "analysis"]
+    chosen = ["--method", "svd", "--groups", "2", "--output", tmp_path / "analysis"]
     code, _, err = run(monkeypatch, capfd, "analyze", place / "first", *task(place), *chosen, "--rank-ratio", "0.25")
     assert code == 0, err
     found = json.loads((tmp_path / "analysis/analysis.json").read_text())

@@ -57,6 +57,7 @@ def refused(monkeypatch: Any, capfd: Any, words: list[Any]) -> str:
     return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_output_in_use_is_refused_before_it_is_touched(
     places: Path, tmp_path: Path, monkeypatch: Any, capfd: Any, name: str
@@ -143,6 +144,7 @@ def test_others_may_read_a_model_and_statistics(places: Path, tmp_path: Path, mo
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o755
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_killed_while_it_saves_goes_on(places: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [*commands(places, out)["finetune"], "--epochs", 1]

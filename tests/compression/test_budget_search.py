@@ -122,6 +122,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "model", write_cola(folder / "data")
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     model, data = trained
     out = tmp_path / "sweep"

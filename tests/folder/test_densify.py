@@ -70,6 +70,7 @@ def test_a_model_in_memory_is_edited_in_place() -> None:
     torch.testing.assert_close(outputs(dense), expected)
 
 
+@pytest.mark.slow
 def test_a_process_without_the_library_loads_and_generates(tmp_path: Path) -> None:
     model = factorize(tiny_gpt2())
     model.generation_config.max_new_tokens = 5

@@ -19,6 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_llama])
 def test_onnx_runtime_computes_the_same_at_other_shapes(make: Callable[[], Any], tmp_path: Path) -> None:
     model = factorize(make())
@@ -38,11 +39,13 @@ def test_onnx_runtime_computes_the_same_at_other_shapes(make: Callable[[], Any],
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.slow
 def test_a_dense_model_is_exported_too(tmp_path: Path) -> None:
     tiny_bert().save_pretrained(tmp_path / "dense")
     assert export_onnx(tmp_path / "dense", tmp_path / "model.onnx") < 1e-5
 
 
+@pytest.mark.slow
 def test_the_factors_stay_factors(tmp_path: Path) -> None:
     factorize(tiny_bert()).save_pretrained(tmp_path / "low")
     export_onnx(tmp_path / "low", tmp_path / "model.onnx")
@@ -59,6 +62,7 @@ def test_torch_export_takes_free_sizes() -> None:
     torch.testing.assert_close(exported.module()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     factorize(tiny_t5()).save_pretrained(tmp_path / "t5")
     factorize(tiny_bert()).save_pretrained(tmp_path / "low")

@@ -99,6 +99,7 @@ def pushed(reply: Reply) -> dict[str, str]:
 # --- pushing a folder ---
 
 
+@pytest.mark.slow
 def test_push_publishes_a_folder_in_one_commit(client: Client, hub: LoopbackHub, place: Path) -> None:
     reply = client.command("push", "small", "alice/small", "--message", "First version", "--json")
     assert pushed(reply)["address"].startswith(f"{hub.url}/alice/small/commit/")
@@ -157,6 +158,7 @@ def test_an_edited_card_is_published_as_it_was_edited(client: Client, hub: Loopb
     assert "opinions" not in hub.files("alice/edited")["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_compress_publishes_what_it_made(client: Client, hub: LoopbackHub, place: Path) -> None:
     rows = "[{'sentence': f'w{n} w5', 'label': n % 2} for n in range(8)]"
     client.done(
@@ -445,6 +447,7 @@ def test_bytes_that_changed_on_the_way_are_found_by_verify(client: Client, hub: 
 SNIPPET = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_snippets_of_a_card_run_with_a_fresh_cache_and_offline_with_a_warm_one(
     client: Client, hub: LoopbackHub, place: Path, tmp_path: Path
 ) -> None:

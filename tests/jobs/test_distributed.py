@@ -54,6 +54,7 @@ def assert_equal_up_to_order(found: Statistics, expected: Statistics) -> None:
 # --- statistics ---
 
 
+@pytest.mark.slow
 def test_statistics_do_not_depend_on_the_number_of_processes(common: list[Any], tmp_path: Path) -> None:
     kinds = [word for kind in KINDS for word in ("--kind", kind)]
     for processes in (1, 2, 3):  # 25 samples
@@ -131,6 +132,7 @@ def test_inputs_that_are_shared_on_one_process_only_are_told_apart(tmp_path: Pat
 # --- factors ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kfac", "tfwsvd"])
 def test_factors_are_those_of_one_process_bit_for_bit(common: list[Any], tmp_path: Path, method: str) -> None:
     kinds = ("--kind", "fisher") if method == "tfwsvd" else ()
@@ -237,6 +239,7 @@ def test_a_model_sharded_by_fsdp2_is_measured_where_it_is(tmp_path: Path) -> Non
     assert_equal_up_to_order(Statistics.load(tmp_path / "measured"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["main memory", "disk"])
 def test_offloaded_layers_come_are_solved_and_leave(tmp_path: Path, where: str) -> None:
     def offloaded() -> Any:
@@ -355,6 +358,7 @@ def test_measured_losses_ranks_and_errors_are_the_same_on_all_processes(tmp_path
     assert "the data lack the labels that it needs" in labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [("--allocation", "knapsack"), ("--latency", 0.9, "--align", 1)])
 def test_ranks_from_what_is_measured_do_not_split_the_processes(
     common: list[Any], tmp_path: Path, how: tuple[Any, ...]

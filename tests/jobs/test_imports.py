@@ -60,6 +60,7 @@ def test_a_saved_model_loads_whatever_is_imported_first(folder: Path, order: str
     assert printed == "hf_lowrank.nn.modeling_lowrank LowRankBertForSequenceClassification"
 
 
+@pytest.mark.slow
 def test_models_load_and_travel_between_processes(folder: Path, tmp_path: Path) -> None:
     pickled = tmp_path / "model.pickle"
     in_a_new_process(

@@ -48,6 +48,7 @@ def resumed(words: list[Any], out: Path, processes: int = 1) -> dict[str, Any]:
     return content(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_few_kills(tmp_path: Path, processes: int) -> None:
     """The short form of tests/fault_injection.py."""
@@ -59,6 +60,7 @@ def test_a_few_kills(tmp_path: Path, processes: int) -> None:
 SUMS = "sums-1/process-0-of-1.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_in_order_and_nothing_is_lost(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path, number: signal.Signals
@@ -73,6 +75,7 @@ def test_signals_end_in_order_and_nothing_is_lost(
     assert resumed(common, tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_factors_go_on_with_another_number_of_processes(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -80,6 +83,7 @@ def test_factors_go_on_with_another_number_of_processes(
     assert resumed(common, tmp_path / "out", processes=3) == undisturbed
 
 
+@pytest.mark.slow
 def test_statistics_do_not_go_on_with_other_shares(common: list[Any], tmp_path: Path) -> None:
     stopped_at(SUMS, signal.SIGKILL, common, tmp_path / "out")
     words = [*common, "--output", tmp_path / "out", "--resume"]
@@ -121,6 +125,7 @@ def other_model(model: Path, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_work_is_neither_forgotten_nor_overwritten(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_damaged_results_are_named(tmp_path: Path, damage: str) -> None:
         store.load("layer.0")
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named_and_its_loss_costs_only_itself(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -195,6 +201,7 @@ def limited(limit: int, words: list[Any]) -> None:
     hf_lowrank(*words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 20_000, 60_000])
 def test_no_room_is_one_line_and_nothing_half_written(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path, limit: int

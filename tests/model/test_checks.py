@@ -141,6 +141,7 @@ def test_quantized_by_quanto_is_refused() -> None:
             compress(model, SVD)
 
 
+@pytest.mark.slow
 def test_a_model_of_travelling_code_is_refused_before_it_is_measured(tmp_path: Path) -> None:
     """Its layers are of classes of their own, so that the factors would be taken for dense layers."""
     factorize(tiny_bert()).save_pretrained(tmp_path)

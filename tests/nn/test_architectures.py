@@ -238,6 +238,7 @@ def test_gradient_checkpointing_changes_no_statistics() -> None:
     assert model.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_experts_that_no_token_is_routed_to_stay_dense() -> None:
     torch.manual_seed(0)
     model = FAMILIES["Switch, experts of linears"].make().eval()

@@ -94,6 +94,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_absurd_sizes_are_refused_before_anything_is_allocated(folder: Path) -> None:
     command = [sys.executable, "-c", LOAD_IN_LITTLE_MEMORY, str(folder), json.dumps(ABSURD)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -460,6 +460,7 @@ def test_a_picture_has_one_cell_for_the_experts_of_a_block() -> None:
     assert [text.get_text() for text in axes.texts] == ["2–dense · 53%"]
 
 
+@pytest.mark.slow
 def test_a_folder_loads_by_its_own_code(tmp_path: Path) -> None:
     model, _ = compress(gpt_oss(), CompressionConfig("svd", rank_ratio=0.3, exclude=(f"{DOWN}.1",)), progress=False)
     model.save_pretrained(tmp_path / "experts")

@@ -493,6 +493,7 @@ def train(model: Any, directory: Path, max_steps: int, **arguments: Any) -> Trai
     return trainer
 
 
+@pytest.mark.slow
 def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path: Path) -> None:
     whole = train(factorize(tiny_bert()), tmp_path / "whole", 4).model
     start = factorize(tiny_bert())
@@ -535,6 +536,7 @@ def test_copies_and_pickles_are_models_of_their_own(model: Any) -> None:
         assert torch.equal(outputs(model), expected)
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_models_compute_the_same(model: Any) -> None:
     ids, expected = token_ids(), outputs(model)
     with torch.no_grad():

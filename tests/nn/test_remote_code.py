@@ -116,6 +116,7 @@ print("done")
     assert runs_to_its_end(WITHOUT_LIBRARY + script, place)
 
 
+@pytest.mark.slow
 def test_what_was_loaded_by_its_own_code_saves_and_loads_again(place: Path) -> None:
     script = """
 model = AutoModelForSequenceClassification.from_pretrained("classifier", trust_remote_code=True)
@@ -139,6 +140,7 @@ print("done")
     assert runs_to_its_end(WITHOUT_LIBRARY + script, place)
 
 
+@pytest.mark.slow
 def test_without_the_library_a_repository_of_the_hub_loads_by_its_own_code(place: Path) -> None:
     script = """
 message = refused(lambda: AutoModelForSequenceClassification.from_pretrained("someone/classifier"))
@@ -154,6 +156,7 @@ print("done")
     assert runs_to_its_end(WITHOUT_LIBRARY + script, place)
 
 
+@pytest.mark.slow
 def test_with_the_library_imported_its_own_classes_load_without_the_flag_and_with_it(place: Path) -> None:
     script = """
 for flag in ({}, {"trust_remote_code": True}, {"trust_remote_code": False}):

@@ -138,6 +138,7 @@ def test_the_stopping_rule_looks_back_as_far_as_its_patience() -> None:
     assert trace.products == [1, 2, 3, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_all_attain_the_optimum_of_a_rank_one_importance(name: str) -> None:
     weight = torch.randn(24, 40)

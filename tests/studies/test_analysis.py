@@ -451,6 +451,7 @@ def test_a_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
         Journal(path, {})
 
 
+@pytest.mark.slow
 def test_an_analysis_is_resumed_without_measuring_again(
     model: Any, tokenizer: Any, validation: Any, statistics: Any, analysis: Analysis, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -500,6 +501,7 @@ def run(monkeypatch: Any, capfd: Any, *words: Any) -> tuple[int, str, str]:
     return int(exit_info.value.code or 0), out, err
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     out = tmp_path / "out"
     words = (

@@ -57,6 +57,7 @@ def do(recipe: dict[str, Any], output: Path, places: dict[str, Path]) -> list[st
     return said
 
 
+@pytest.mark.slow
 def test_every_step_is_kept_and_skipped_the_next_time(places: dict[str, Path], tmp_path: Path) -> None:
     said = do(content(places), tmp_path, places)
     start = "tiny--cola--seed0"
@@ -80,6 +81,7 @@ def test_every_step_is_kept_and_skipped_the_next_time(places: dict[str, Path], t
     assert f"{start}--whiten--rank-ratio-0.25: " in new[-1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_recipe_ends_with_the_same_results(
     places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_step_that_fails_does_not_stop_the_others(places: dict[str, Path], tmp
     assert set(records(tmp_path)) == {"tiny--cola--seed0", "tiny--cola--seed0--svd--rank-ratio-0.25"}
 
 
+@pytest.mark.slow
 def test_path_1_against_path_2_with_the_first_layers_and_a_teacher(places: dict[str, Path], tmp_path: Path) -> None:
     shared = content(places)
     parts = [

@@ -56,6 +56,7 @@ def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     return all(torch.equal(weight, theirs[name]) for name, weight in one.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_it_learns_and_repeats_itself(data: Path, tokenizer: Any, low_rank: bool) -> None:
     runs = {}
@@ -73,6 +74,7 @@ def test_it_learns_and_repeats_itself(data: Path, tokenizer: Any, low_rank: bool
     json.dumps(facts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [None, 3])
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int | None
@@ -116,6 +118,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         assert same(whole, resumed)
 
 
+@pytest.mark.slow
 def test_bf16_changes_the_arithmetic_of_training_alone(data: Path, tokenizer: Any) -> None:
     exact, mixed, after = classifier(), classifier(), classifier()
     options = FAST | {"epochs": 1, "score": False}
@@ -174,6 +177,7 @@ def test_every_kind_of_task_can_be_trained_with_a_teacher(
     assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_its_teacher_without_labels(data: Path, tokenizer: Any) -> None:
     teacher = classifier()
     finetune(teacher, tokenizer, get_task("cola"), data, epochs=8, score=False, **FAST)
@@ -259,6 +263,7 @@ def test_more_than_a_head_is_not_made_anew(tmp_path: Path, folder: Path) -> None
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_before_and_after_compression(folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     common = ("--task", "cola", "--data-dir", data)
     fast = ("--epochs", 4, "--learning-rate", 3e-3, "--batch-size", 8)
@@ -288,6 +293,7 @@ def test_before_and_after_compression(folder: Path, data: Path, tmp_path: Path, 
     assert not list(tmp_path.glob("*.checkpoints"))
 
 
+@pytest.mark.slow
 def test_scores_on_other_data_are_not_compared(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
@@ -346,6 +352,7 @@ def test_an_interrupted_command_is_resumed(
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_every_command_takes_own_columns(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
