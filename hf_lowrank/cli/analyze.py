@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_lowrank.allocation.budget import Budget
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import (
@@ -66,6 +67,8 @@ def analyze_command(
     Example: hf-lowrank analyze ./bert-stsb --task stsb --eval-samples 300 --output ./analysis
     """
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    chosen = chosen_methods(method)
+    Budget("rank_ratio", rank_ratio)  # raises
 
     from hf_lowrank.cli.facts import origin, public_name
     from hf_lowrank.cli.work import claim
@@ -79,7 +82,6 @@ def analyze_command(
     from hf_lowrank.tasks import load_validation
     from hf_lowrank.tasks.calibration import calibration_loader
 
-    chosen = chosen_methods(method)
     config = AnalysisConfig(
         chosen,
         rank_ratio,

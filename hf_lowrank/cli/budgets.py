@@ -13,9 +13,8 @@ PANEL, BOUNDS = "How small", "How ranks are spread"
 
 
 def _budget(kind: str, default: str = "") -> Any:
-    return typer.Option(
-        f"--{kind.replace('_', '-')}", help=f"{BUDGETS[kind].capitalize()}.{default}", rich_help_panel=PANEL
-    )
+    meaning = BUDGETS[kind][0].upper() + BUDGETS[kind][1:]  # str.capitalize would make 66.5m of 66.5M
+    return typer.Option(f"--{kind.replace('_', '-')}", help=f"{meaning}.{default}", rich_help_panel=PANEL)
 
 
 RankRatioOption = Annotated[float | None, _budget("rank_ratio", " [dim]This one, 0.33, if none is given.[/dim]")]

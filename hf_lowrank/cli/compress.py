@@ -43,6 +43,7 @@ from hf_lowrank.cli.options import (
     TextColumnOption,
     VerboseOption,
     patterns,
+    refuse_taken,
 )
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
@@ -115,6 +116,7 @@ def compress_command(
         raise LowRankError(f"compress needs a --task to measure on{'' if measures else f' by the method {method}'}")
     columns: dict[str, Any] = {"data_dir": data_dir, "text_columns": text_column, "label_column": label_column}
     the_task: Any = get_task(task, max_length, **columns) if task is not None else None
+    refuse_taken(output, overwrite or resume)
 
     from accelerate import PartialState
 

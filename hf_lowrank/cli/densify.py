@@ -7,7 +7,7 @@ import typer
 
 from hf_lowrank.cli.app import app
 from hf_lowrank.cli.console import console
-from hf_lowrank.cli.options import OverwriteOption
+from hf_lowrank.cli.options import OverwriteOption, refuse_taken
 
 
 @app.command("densify")
@@ -23,6 +23,8 @@ def densify_command(
 
     Example: hf-lowrank densify ./bert-stsb-lowrank ./bert-stsb-dense
     """
+    refuse_taken(output, overwrite)
+
     from hf_lowrank.cli.work import refuse_inputs
     from hf_lowrank.folder.densify import densify_folder
 

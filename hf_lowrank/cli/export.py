@@ -22,10 +22,11 @@ def export_command(
 
     Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
     """
-    from hf_lowrank.folder.export import export_onnx
-
     if output.exists() and not overwrite:
         raise LowRankError(f"{output} exists; choose another file or pass --overwrite")
+
+    from hf_lowrank.folder.export import export_onnx
+
     difference = export_onnx(folder, output)
     size = output.stat().st_size / 1e6
     console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)

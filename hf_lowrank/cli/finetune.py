@@ -17,8 +17,10 @@ from hf_lowrank.cli.options import (
     OverwriteOption,
     TaskOption,
     TextColumnOption,
+    refuse_taken,
 )
 from hf_lowrank.tasks.table import get_task
+from hf_lowrank.training.settings import FinetuneConfig
 
 
 @app.command("finetune")
@@ -69,6 +71,15 @@ def finetune_command(
     Example: hf-lowrank finetune ./bert-stsb-lowrank --task stsb --output ./bert-stsb-lowrank-tuned
     """
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    settings |= {"schedule": schedule, "bf16": bf16, "patience": patience, "evaluate_epochs": evaluate_epochs}
+    FinetuneConfig(**settings)  # raises
+    refuse_taken(output, overwrite or resume)
 
     from accelerate import PartialState
 
@@ -93,10 +104,8 @@ def finetune_command(
     if teacher is not None:
         distillation = Distillation(load_trained(teacher, the_task), temperature, logits_weight, hidden_weight)
     facts = finetune(
-        loaded, tokenizer, the_task, data_dir, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size,
-        schedule=schedule, seed=seed, bf16=bf16, patience=patience, evaluate_epochs=evaluate_epochs,
-        distillation=distillation, checkpoints=checkpoints, checkpoint_steps=checkpoint_steps, resume=resume,
-        score=False,
+        loaded, tokenizer, the_task, data_dir, **settings, distillation=distillation, checkpoints=checkpoints,
+        checkpoint_steps=checkpoint_steps, resume=resume, score=False,
     )  # fmt: skip
     if not PartialState().is_main_process:
         return

@@ -1,11 +1,13 @@
 """Options that several commands share."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf_lowrank.cli.family import print_methods_for_help
+from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.solvers.family import COMPARED, METHODS, get_method
 from hf_lowrank.tasks.table import NAMES
 
@@ -73,6 +75,16 @@ MinutesOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the table of all layers as well.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+
+
+def refuse_taken(output: Path, overwrite: bool) -> None:
+    """`refuse_existing` before anything heavy is imported; under a launcher, the processes look together later.
+
+    Raises:
+        LowRankError: see there.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        refuse_existing(output, overwrite)
 
 
 def chosen_methods(given: list[str] | None) -> tuple[str, ...]:

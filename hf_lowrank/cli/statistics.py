@@ -22,6 +22,7 @@ from hf_lowrank.cli.options import (
     SeedOption,
     TaskOption,
     TextColumnOption,
+    refuse_taken,
 )
 from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.solvers.family import METHODS
@@ -56,6 +57,7 @@ def statistics_command(
     kinds = kind or METHODS["kfac"].needs
     check_kinds(kinds)
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
+    refuse_taken(output, overwrite or resume)
 
     from accelerate import PartialState
 

@@ -26,6 +26,7 @@ from hf_lowrank.cli.options import (
     chosen_methods,
     patterns,
 )
+from hf_lowrank.studies.sweep_settings import SweepConfig
 from hf_lowrank.tasks.table import get_task
 
 
@@ -66,14 +67,6 @@ def sweep_command(
     Example: hf-lowrank sweep ./bert-stsb --task stsb --method svd --method kfac --output ./bert-stsb-sweep
     """
     the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
-
-    from hf_lowrank.cli.facts import origin
-    from hf_lowrank.cli.work import claim
-    from hf_lowrank.folder.loading import load_model
-    from hf_lowrank.jobs.distributed import refuse_several
-    from hf_lowrank.studies.sweep import SweepConfig, forget, sweep
-    from hf_lowrank.studies.sweep_summary import write_summary
-
     values = tuple(float(each) if _is_number(each) else each for each in value)
     allocations = tuple(allocation) if allocation else None
     methods = chosen_methods(method)
@@ -92,6 +85,14 @@ def sweep_command(
         form=form,
         batch_size=batch_size,
     )
+
+    from hf_lowrank.cli.facts import origin
+    from hf_lowrank.cli.work import claim
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.jobs.distributed import refuse_several
+    from hf_lowrank.studies.sweep import forget, sweep
+    from hf_lowrank.studies.sweep_summary import write_summary
+
     refuse_several("a sweep")
     claim(context, output, model, data_dir)
     if overwrite:

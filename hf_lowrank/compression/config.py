@@ -11,7 +11,7 @@ from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.solvers.family import METHODS, check_optimizer, get_method
 
 DEFAULT_RANK_RATIO = 0.33
-DEFAULT_FORM = "factors"
+FORM_NAMES = ("factors", "interpolative")  # of `hf_lowrank.nn.layers_lowrank.FORMS`, which takes time to import
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CompressionConfig:
     floor: float = 0.0
     cap: float | None = None
     optimizer: str | None = None
-    form: str = DEFAULT_FORM
+    form: str = FORM_NAMES[0]
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -70,10 +70,8 @@ class CompressionConfig:
             if not method.iterates:
                 iterating = ", ".join(name for name, method in METHODS.items() if method.iterates)
                 raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
-        if self.form != DEFAULT_FORM:
-            from hf_lowrank.compression.forms import check_form  # here: torch takes time to import
-
-            check_form(self.form)
+        if self.form not in FORM_NAMES:
+            raise LowRankError(f"unknown form {self.form!r}; there are {', '.join(FORM_NAMES)}")
         _ = self.budget, self.spread  # raise where they are out of range
 
     @property

@@ -3,6 +3,7 @@
 The objectives themselves are in `methods.py`.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,10 +112,10 @@ def check_optimizer(name: str) -> None:
     Raises:
         LowRankError: the message lists the names.
     """
-    if name not in OPTIMIZER_NAMES:
-        from hf_lowrank.solvers.optimizers import get_optimizer  # here: it may be one of somebody's own
-
-        get_optimizer(name)
+    registry = sys.modules.get("hf_lowrank.solvers.optimizers.registry")  # with one's own, who has imported it
+    known = OPTIMIZER_NAMES if registry is None else tuple(registry.OPTIMIZERS)
+    if name not in known:
+        raise LowRankError(f"unknown optimizer {name!r}; the optimizers are {', '.join(known)}")
 
 
 def get_method(name: str) -> Method:

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +16,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_lowrank.allocation import BUDGETS, ImpossibleBudget, Profile, get_allocation
+from hf_lowrank.allocation import ImpossibleBudget, Profile, get_allocation
 from hf_lowrank.compression.compress import checked_targets, compress
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
@@ -28,11 +26,10 @@ from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
-from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.studies.sweep_settings import SweepConfig
 from hf_lowrank.tasks import Task, collator, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import content_digest
@@ -45,59 +42,6 @@ SETTINGS, RESULTS, STATISTICS = "sweep.json", "results.jsonl", "statistics"
 LATENCY_ROWS, LATENCY_ROUNDS = 32, 5
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What to sweep over, and how each model is made and judged.
-
-    Args:
-        methods: names in `METHODS`.
-        allocations: names in `ALLOCATIONS`; None for each method's own.
-        budget: a key of `BUDGETS`, `values` its values.
-        epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
-        samples: training rows that statistics are measured on, chosen by `seed`.
-        include: as in `CompressionConfig`, of all models alike; so are `exclude`, `align` and `form`.
-
-    Raises:
-        LowRankError: an unknown name, or a value out of range.
-    """
-
-    methods: tuple[str, ...] = COMPARED
-    allocations: tuple[str, ...] | None = None
-    budget: str = "rank_ratio"
-    values: tuple[float | str, ...] = (0.5, 0.33, 0.2, 0.1)
-    epochs: float = 0
-    bf16: bool = False
-    samples: int = 512
-    seed: int = 0
-    include: tuple[str, ...] | None = None
-    exclude: tuple[str, ...] | None = None
-    align: int | None = None
-    form: str = "factors"
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if not self.methods or not self.values or self.allocations == ():
-            raise LowRankError("a sweep needs one method, one value and, where they are given, one allocation at least")
-        if not 0 <= self.epochs < math.inf or self.samples < 1:
-            raise LowRankError(
-                f"epochs must be at least 0 and samples at least 1; they are {self.epochs} and {self.samples}"
-            )
-        if self.budget not in BUDGETS:
-            raise LowRankError(f"unknown budget {self.budget!r}; there are {', '.join(BUDGETS)}")
-        self.runs()
-
-    def runs(self) -> list[CompressionConfig]:
-        """Every compression of the sweep, in order."""
-        common: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude", "align", "form")}
-        return [
-            CompressionConfig(method, allocation=allocation, **common | {self.budget: value})
-            for method in self.methods
-            for allocation in self.allocations or (get_method(method).allocation,)
-            for value in self.values
-        ]
 
 
 def sweep(

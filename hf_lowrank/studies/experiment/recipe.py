@@ -10,7 +10,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.table import task_name
 from hf_lowrank.training.distillation import Distillation
-from hf_lowrank.training.finetune import FinetuneConfig
+from hf_lowrank.training.settings import FinetuneConfig
 
 Settings = dict[str, Any]
 STATISTICS = {"samples": 512, "batch_size": 16}

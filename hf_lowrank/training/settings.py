@@ -1,0 +1,51 @@
+"""How to fine-tune, checked without tensors."""
+
+import math
+from dataclasses import dataclass
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.settings import check_settings
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to train. The defaults are the papers': Adam, learning rate 2e-5 with linear decay to 0, batch 32, 3 epochs.
+
+    Adam is AdamW without weight decay; gradients are clipped at norm 1; batches group rows of similar length.
+
+    Args:
+        epochs: passes over the training rows; a fraction is allowed.
+        batch_size: rows of one step, over all processes.
+        seed: of the order of the rows and of dropout. The same seed on the same machine gives the same weights.
+        schedule: "linear" decay to 0, or "constant".
+        bf16: compute in bfloat16 where that is safe (autocast); weights and optimizer stay float32.
+        patience: stop after so many epochs without a better validation score, and keep the best epoch; None trains on.
+        evaluate_epochs: score the validation data after every epoch, for the record.
+
+    Raises:
+        LowRankError: a number is out of range, or the schedule is unknown.
+    """
+
+    epochs: float = 3
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    seed: int = 0
+    schedule: str = "linear"
+    bf16: bool = False
+    patience: int | None = None
+    evaluate_epochs: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        positive = 0 < self.epochs < math.inf and 0 < self.learning_rate < math.inf
+        if not (positive and self.batch_size >= 1):
+            raise LowRankError(
+                "epochs and learning rate must be above 0 and a batch at least 1 row; "
+                f"they are {self.epochs}, {self.learning_rate} and {self.batch_size}"
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise LowRankError(f"unknown schedule {self.schedule!r}; there are linear, constant")
+        if self.patience is not None and self.patience < 1:
+            raise LowRankError(
+                f"the patience of early stopping is a number of epochs, at least 1; it is {self.patience}"
+            )
