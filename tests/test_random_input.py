@@ -21,9 +21,9 @@ from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.configuration_lowrank import validate_forms, validate_ranks
 from hf_lowrank.studies.analysis import AnalysisConfig
 from hf_lowrank.studies.experiment.recipe import KEYS, load_recipe, parse_recipe
-from hf_lowrank.studies.sweep import SweepConfig
+from hf_lowrank.studies.sweep_settings import SweepConfig
 from hf_lowrank.tasks import TASKS, encode, get_task, load_split
-from hf_lowrank.training.finetune import FinetuneConfig
+from hf_lowrank.training.settings import FinetuneConfig
 from tests.helpers import bert_config, tiny_bert
 from tests.tiny_task import tiny_tokenizer
 

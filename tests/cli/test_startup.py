@@ -26,10 +26,10 @@ HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib")
     ("words", "shown"),
     [
         ("analyze model --task stsb --output out --method fsvd", "the methods are svd"),
-        ("analyze model --task stsb --output out --rank-ratio 2", "rank_ratio must be in (0, 1]"),
+        ("analyze model --task stsb --output out --rank-ratio 2", "must be in (0, 1]"),
         ("sweep model --task stsb --output out --method fsvd", "the methods are svd"),
         ("sweep model --task stsb --output out --allocation fair", "unknown allocation 'fair'"),
-        ("sweep model --task stsb --output out --value 1.5", "rank_ratio must be in (0, 1]"),
+        ("sweep model --task stsb --output out --value 1.5", "must be in (0, 1]"),
         ("compress model --task stsb --output out --allocation fair", "unknown allocation 'fair'"),
         ("compress model --task stsb --output out --method tfwsvd --optimizer newton", "unknown optimizer 'newton'"),
         ("compress model --task stsb --output out --form thick", "unknown form 'thick'"),
@@ -78,7 +78,7 @@ def test_units_keep_their_letters_in_the_help() -> None:
         ("compress model --task stsb --output out --method fsvd", 2, "the methods are svd"),
         ("compress model --task glue --output out", 2, "the tasks are cola"),
         ("evaluate model --task glue", 2, "the tasks are cola"),
-        ("compress model --task stsb --output out --rank-ratio 1.5", 2, "rank_ratio must be in (0, 1]"),
+        ("compress model --task stsb --output out --rank-ratio 1.5", 2, "must be in (0, 1]"),
     ],
 )
 def test_it_starts_at_once(words: str, code: int, shown: str) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hf_lowrank import CompressionConfig, LowRankError
-from hf_lowrank.studies.sweep import SweepConfig
-from hf_lowrank.training.finetune import FinetuneConfig
+from hf_lowrank.studies.sweep_settings import SweepConfig
+from hf_lowrank.training.settings import FinetuneConfig
 
 
 @pytest.mark.parametrize(
