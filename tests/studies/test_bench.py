@@ -157,6 +157,20 @@ def test_the_plot_has_a_row_for_every_case() -> None:
         bench_figure({"cases": []})
 
 
+def test_figures_can_be_read_on_long_and_short_bars() -> None:
+    times = {"dense": 1234.5, "compressed": 61.7}
+    case = {"phase": "forward", "batch": 32, "length": 128, "speedup": 20.0, "arithmetic": 25.0, "realised": 0.8}
+    slow = {**case, "median_ms": {"dense": 1.0, "compressed": 5.0}, "speedup": 0.2, "arithmetic": 2.0, "realised": 0.1}
+    record = {"setup": "", "cases": [{**case, "median_ms": times, "p90_ms": times}, {**slow, "p90_ms": times}]}
+    latency, speed = bench_figure(record).axes
+    told = {text.get_text(): text for axes in (latency, speed) for text in axes.texts}
+    assert told["1,234 ms"].get_color() == "k"
+    for words, width in (("61.7 ms", 61.7 / 1234.5), ("0.20× · 10%", 0.2)):
+        assert told[words].get_color() == "k"
+        assert told[words].get_position()[0] > width  # after the bar, not white beside it
+    assert told["20.00× · 80%"].get_color() == "w"
+
+
 def test_the_command_prints_records_and_draws(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     low = save(tiny_bert(), tmp_path)
     words = ["--batch", "2", "--length", "4", "--rounds", "2", "--record", "--plot", str(tmp_path / "speed.png")]

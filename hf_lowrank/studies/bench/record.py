@@ -1,7 +1,7 @@
 """What was measured: for a person as a table, for a machine as JSON, for the record of the model in brief."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +128,10 @@ class BenchRecord:
             table.add_row(
                 case.phase,
                 f"{case.batch} × {case.length}",
-                _arrow(case.median, "{:.3g}"),
-                _arrow(case.p90, "{:.3g}"),
-                _arrow(case.throughput, "{:,.0f}"),
-                _arrow(lambda which, case=case: case.peak_bytes[which] / MEGABYTE, "{:.4g}"),
+                _arrow(case.median, milliseconds),
+                _arrow(case.p90, milliseconds),
+                _arrow(case.throughput, "{:,.0f}".format),
+                _arrow(lambda which, case=case: case.peak_bytes[which] / MEGABYTE, "{:.4g}".format),
                 f"{case.speedup:.2f}",
                 f"{case.arithmetic:.2f}",
                 f"{case.realised:.0%}",
@@ -156,8 +156,17 @@ class BenchRecord:
         return table
 
 
-def _arrow(value: Any, pattern: str) -> str:
-    return f"{pattern.format(value(DENSE))} → {pattern.format(value(LOW))}"
+def milliseconds(value: float) -> str:
+    """With three digits, or all of those before the point.
+
+    >>> milliseconds(9.974), milliseconds(1234.5)
+    ('9.97', '1,234')
+    """
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _arrow(value: Any, shown: Callable[[float], str]) -> str:
+    return f"{shown(value(DENSE))} → {shown(value(LOW))}"
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

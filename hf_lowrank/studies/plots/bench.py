@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_lowrank.folder.style import BLACK, BLUE, GREY, ORANGE, new_figure, styled
+from hf_lowrank.studies.bench.record import milliseconds
 
 
 @styled
@@ -32,8 +33,10 @@ def bench_figure(record: dict[str, Any]) -> Figure:
     speed.barh(rows, [case["speedup"] for case in cases], height=0.5, color=BLUE, label="measured")
     speed.plot([case["arithmetic"] for case in cases], rows, "|", color=BLACK, markersize=14, label="arithmetic")
     speed.axvline(1, color=GREY, linewidth=1)
+    longest = max(max(case["speedup"], case["arithmetic"]) for case in cases)
     for row, case in zip(rows, cases, strict=True):
-        speed.text(0.04, row, f"{case['speedup']:.2f}× · {case['realised']:.0%}", va="center", color="w", fontsize=7.5)
+        told = f"{case['speedup']:.2f}× · {case['realised']:.0%}"
+        _write(speed, row, told, case["speedup"], case["speedup"], longest, "w")
     speed.set_xlabel("speed-up, and the share of the arithmetic ratio realised")
     speed.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     figure.suptitle(record["setup"], fontsize=8)
@@ -53,17 +56,18 @@ def _draw_latencies(axes: Axes, cases: Sequence[dict[str, Any]]) -> None:
         axes.barh(
             rows, medians, height=0.34, color=colour, label=which, xerr=[[0] * len(cases), above], error_kw=errors
         )
-        for row, case in zip(rows, cases, strict=True):
-            axes.text(
-                0.02,
-                row,
-                f"{case['median_ms'][which]:.3g} ms",
-                va="center",
-                color="k" if which == "dense" else "w",
-                fontsize=6.5,
-            )
+        for row, case, width, more in zip(rows, cases, medians, above, strict=True):
+            told = f"{milliseconds(case['median_ms'][which])} ms"
+            _write(axes, row, told, width, width + more, 1, "k" if which == "dense" else "w")
     axes.set_xlim(left=0)
     axes.set_xlabel("latency, dense = 1: median, line to the 90th percentile")
     axes.set_yticks(range(len(cases)), [f"{case['phase']} {case['batch']} × {case['length']}" for case in cases])
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def _write(axes: Axes, row: float, told: str, width: float, end: float, longest: float, colour: str) -> None:
+    """Words on a bar from 0 to `width`, or after `end` where the bar is short beside the longest."""
+    fits = width > 0.35 * longest
+    place, look = (0.02 * longest, colour) if fits else (end + 0.02 * longest, "k")
+    axes.text(place, row, told, va="center", color=look, fontsize=7)
