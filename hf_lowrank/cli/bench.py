@@ -1,5 +1,6 @@
 """hf-lowrank bench: how fast and how large is a model beside another, such as the dense one?"""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,10 @@ def bench_command(
     compiled: Annotated[bool, typer.Option("--compile", help="Measure both models under torch.compile.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw latencies and speed-ups into this PNG.")] = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Add the latencies to DIR's compression.json, which its card is made of.")
+        bool,
+        typer.Option(
+            "--record", help="Add the latencies to DIR's compression.json and card, if they repeat within 10%."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,7 +70,10 @@ def bench_command(
         context.with_resource(held(written))
     measured = bench(folder, against, config)
     if record:
-        add_facts(folder, latency=measured.latency_facts())
+        if reason := measured.not_stated():
+            print(f"not recorded: {reason}", file=sys.stderr)
+        else:
+            add_facts(folder, latency=measured.latency_facts())
     if plot is not None:
         save_png(bench_figure(measured.to_dict()), plot)
     if as_json:

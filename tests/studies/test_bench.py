@@ -171,20 +171,50 @@ def test_figures_can_be_read_on_long_and_short_bars() -> None:
     assert told["20.00× · 80%"].get_color() == "w"
 
 
+@pytest.mark.parametrize(
+    ("rounds", "stated"),
+    [
+        ([1.0, 1.05, 1.0, 1.05], True),
+        ([1.0, 1.0, 1.0, 1.0, 5.0, 1.0], True),  # a lone slow round
+        ([1.0, 1.0, 1.3, 1.3], False),  # another job came
+        ([1.0], False),
+    ],
+)
+@pytest.mark.parametrize("which", ["dense", "compressed"])
+def test_latencies_are_stated_where_they_repeat(rounds: list[float], stated: bool, which: str) -> None:
+    seconds = dict.fromkeys(("dense", "compressed"), [1.0] * len(rounds)) | {which: rounds}
+    ones: dict[str, Any] = {"dense": 1, "compressed": 1}
+    case = Case("forward", 1, 4, seconds, ones, ones)
+    record = BenchRecord("a", "b", "float32", False, len(rounds), {}, ones, ones, ones, ones, (case,))
+    assert (record.not_stated() is None) == stated
+
+
 def test_the_command_prints_records_and_draws(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     low = save(tiny_bert(), tmp_path)
-    words = ["--batch", "2", "--length", "4", "--rounds", "2", "--record", "--plot", str(tmp_path / "speed.png")]
+    words = ["--batch", "2", "--length", "4", "--rounds", "2", "--plot", str(tmp_path / "speed.png")]
+
+    def told(*more: str) -> str:
+        return run(*more) and captured[-1].err
+
+    captured: list[Any] = []
 
     def run(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", ["hf-lowrank", "bench", str(low), *words, *more])
         with pytest.raises(SystemExit) as exit_info:
             cli.main()
         assert not exit_info.value.code
-        return capfd.readouterr().out
+        captured.append(capfd.readouterr())
+        out: str = captured[-1].out
+        return out
 
     printed = run()
     for word in ("2 × 4", "arithmetic", "realised", "load, ms", "not compiled"):
         assert word in printed
+    monkeypatch.setattr("hf_lowrank.studies.bench.record.REPEATS_WITHIN", -1.0)
+    assert "not recorded: the latency does not repeat" in told("--record")
+    assert "latency" not in (read_record(low) or {})
+    monkeypatch.setattr("hf_lowrank.studies.bench.record.REPEATS_WITHIN", math.inf)  # of a machine that others use
+    told("--record")
     latency = (read_record(low) or {})["latency"]
     assert latency["cases"][0]["median_ms"] == {"dense": pytest.approx(latency["dense"], abs=1e-3)} | {
         "compressed": pytest.approx(latency["compressed"], abs=1e-3)

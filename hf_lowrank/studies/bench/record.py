@@ -1,5 +1,6 @@
 """What was measured: for a person as a table, for a machine as JSON, for the record of the model in brief."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from rich.table import Table
 
 DENSE, LOW = "dense", "compressed"
 MEGABYTE = 1e6
+REPEATS_WITHIN = 0.10  # the median of either half of the rounds, from that of all: or latencies are not stated
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Case:
         """Tokens per second at the median latency."""
         return 1000 * self.tokens / self.median(which)
 
+    @property
+    def repeats_within(self) -> float:
+        """How far the median of either half of the rounds, at most, is from that of all, as a share; inf of one round.
+
+        The halves are the first and the last rounds: a machine that others use meanwhile differs between them.
+        """
+        half = min(map(len, self.seconds.values())) // 2
+        if half == 0:
+            return math.inf
+        parts = [(part, seconds) for seconds in self.seconds.values() for part in (seconds[:half], seconds[-half:])]
+        return max(abs(statistics.median(part) / statistics.median(whole) - 1) for part, whole in parts)
+
     def to_dict(self, rounds: bool = True) -> dict[str, Any]:
         """Everything as plain JSON values, the seconds of single rounds only if asked for."""
         both = (DENSE, LOW)
@@ -104,9 +118,23 @@ class BenchRecord:
         """Everything as plain JSON values."""
         return {**vars(self), "setup": self.setup, "cases": [case.to_dict() for case in self.cases]}
 
+    @property
+    def stated(self) -> Case:
+        """The case whose latency a card states: the largest batch."""
+        return max((case for case in self.cases if case.phase != "decode"), key=lambda case: case.tokens)
+
+    def not_stated(self) -> str | None:
+        """Why no latency should be stated: its rounds do not agree within 10%; None where they do."""
+        spread = self.stated.repeats_within
+        if spread <= REPEATS_WITHIN:
+            return None
+        found = "one round shows nothing of it" if spread == math.inf else f"halves of the rounds are {spread:.0%} off"
+        advice = "measure on a quiet machine, with more rounds"
+        return f"the latency does not repeat within {REPEATS_WITHIN:.0%}, {found}: {advice}"
+
     def latency_facts(self) -> dict[str, Any]:
         """What goes into a model's record: the largest batch in milliseconds, and every case in brief."""
-        largest = max((case for case in self.cases if case.phase != "decode"), key=lambda case: case.tokens)
+        largest = self.stated
         return {
             "dense": round(largest.median(DENSE), 3),
             "compressed": round(largest.median(LOW), 3),
