@@ -125,8 +125,8 @@ def broken(model: Path, tmp_path: Path) -> Path:
     [
         ({"--method": "fsvd"}, "unknown method 'fsvd'; the methods are svd, fwsvd, fwsvd2, tfwsvd, asvd, whiten"),
         ({"--task": "glue"}, "unknown task 'glue'; the tasks are cola"),
-        ({"--rank-ratio": "1.5"}, "rank_ratio must be in (0, 1]"),
-        ({"--rank-ratio": "0"}, "rank_ratio must be in (0, 1]"),
+        ({"--rank-ratio": "1.5"}, "--rank-ratio must be in (0, 1]"),
+        ({"--rank-ratio": "0"}, "--rank-ratio must be in (0, 1]"),
         ({"--include": "quary"}, "the pattern 'quary' matches none of the 14 linear layers"),
         ({"--task": "stsb"}, "stsb needs the column 'sentence1'"),
         ({"--task": "conll2003"}, "is a BertForSequenceClassification, which is not a model for conll2003"),

@@ -192,10 +192,10 @@ def test_budgets_and_searches_from_the_command(
     assert json.loads(text)["search"]["tried"]
     for wrong, message in (
         (("--params", "18k", "--keep", "0.5"), "give one budget, not 2: keep, params"),
-        (("--keep-score", "0.9", "--keep", "0.5"), "give one budget, not 2: keep, keep_score"),
+        (("--keep-score", "0.9", "--keep", "0.5"), "give one budget, not 2: keep, --keep-score"),
         (("--params", "100"), "params 100 cannot be met: it must be between"),
-        (("--max-loss-increase", "-9"), "max_loss_increase must be a number from 0"),
-        (("--keep-score", "1.2"), "keep_score is a share of the dense model's score, in (0, 1]"),
+        (("--max-loss-increase", "-9"), "--max-loss-increase must be a number from 0"),
+        (("--keep-score", "1.2"), "--keep-score is a share of the dense model's score, in (0, 1]"),
     ):
         code, _, error = run(monkeypatch, capfd, *words, "--output", tmp_path / "c", *wrong)
         assert code == 2

@@ -288,6 +288,7 @@ def test_a_model_in_memory_is_pushed_with_tokenizer_and_card_in_one_commit(clien
 
 
 def test_a_reloaded_model_is_pushed_with_its_card_until_its_weights_change(client: Client, hub: LoopbackHub) -> None:
+    pushed(client.command("push", "small", "alice/small", "--json"))
     for origin in ("small", "alice/small"):
         client.done(LOAD.format(name=origin, flag="") + "model.push_to_hub('alice/again')")
         files, original = hub.files("alice/again"), hub.files("alice/small")

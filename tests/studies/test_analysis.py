@@ -556,7 +556,7 @@ def test_the_command_writes_a_report(folder: Path, data: Path, tmp_path: Path, m
     ("change", "message"),
     [
         ({"--method": "fsvd"}, "unknown method 'fsvd'"),
-        ({"--rank-ratio": 1.5}, "rank_ratio must be in (0, 1]"),
+        ({"--rank-ratio": 1.5}, "--rank-ratio must be in (0, 1]"),
         ({"--output": "FULL"}, "holds no analysis to go on with; choose another folder or pass --overwrite"),
         ({"--groups": 33}, "too few for 33 groups"),
     ],
