@@ -1,5 +1,7 @@
 """The record of a compression → its model card: metadata that the Hub validates, and what a user has to know."""
 
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,27 @@ def base_facts(name: str) -> Record:
             data = ModelCard.load(Path(card), ignore_metadata_errors=True).data.to_dict()
             facts |= {key: data[key] for key in INHERITED if data.get(key)}
     return facts
+
+
+def with_rights(
+    record: Record, license_name: str | None, language: Sequence[str] | None, base_model: str | None
+) -> Record:
+    """A record that says, in place of what the base's card said, what its owner says; None leaves it as it is.
+
+    Raises:
+        LowRankError: the base's name is none that the Hub could have.
+    """
+    base = dict(record.get("base", {}))
+    if license_name is not None:
+        base |= {"license": license_name}
+        base = {key: value for key, value in base.items() if key not in ("license_name", "license_link")}
+    if language:
+        base |= {"language": list(language)}
+    if base_model is not None:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model):
+            raise LowRankError(f"{base_model!r} is no name on the Hub, such as me/bert-stsb")
+        return {**record, "base_model": base_model, "base": base | {"on_hub": True}}
+    return {**record, "base": base} if base else record
 
 
 def weights_bytes(folder: Path) -> int:

@@ -22,6 +22,7 @@ from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.saving import add_facts, read_record, save_compressed
 from hf_lowrank.nn.publishing_lowrank import card_for
 from tests.helpers import tiny_bert, tiny_gpt2, word_tokenizer
+from tests.tiny_task import run
 
 ROOT = Path(__file__).parents[2]
 REAL = sorted(path.parent for path in (ROOT / "model_cards").glob("*/record.json"))
@@ -297,3 +298,21 @@ def test_the_wheel_has_the_template(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith(str(tmp_path))
+
+
+def test_what_the_owner_says_stands_on_this_card_and_on_later_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((ROOT / "model_cards/minilm-l6-stsb-kfac/record.json").read_text(encoding="utf-8"))
+    record["base"] = {"license": "mit", "license_link": "somewhere"}
+    (tmp_path / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    said = ["--license", "apache-2.0", "--language", "en", "--language", "de", "--base-model", "me/bert-stsb"]
+    for words in (said, []):
+        code, _, err = run(monkeypatch, capfd, "card", tmp_path, *words)
+        assert code == 0, err
+        data = ModelCard.load(tmp_path / "README.md").data
+        assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en", "de"], "me/bert-stsb")
+        assert data.get("license_link") is None
+    code, _, err = run(monkeypatch, capfd, "card", tmp_path, "--base-model", "../secret/path")
+    assert code == 2
+    assert "'../secret/path' is no name on the Hub" in err
