@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.onnx_runtime import OnnxModel
 from hf_lowrank.folder.reading import load_own
 from hf_lowrank.jobs.files import flush, held, scratch_name
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts
@@ -26,7 +27,7 @@ class _Outputs(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.names = _input_names(model)
+        self.names = _input_names(model.config)
 
     def named(self, *inputs: Tensor) -> dict[str, Tensor]:
         # No cache: a graph that answers whole sequences has no use for one.
@@ -38,10 +39,10 @@ class _Outputs(nn.Module):
         return tuple(self.named(*inputs).values())
 
 
-def _input_names(model: PreTrainedModel) -> list[str]:
+def _input_names(config: Any) -> list[str]:
     """Token ids, mask and, of models that tell a pair's sentences apart, the segments."""
     names = ["input_ids", "attention_mask"]
-    return [*names, "token_type_ids"] if (getattr(model.config, "type_vocab_size", 0) or 0) > 1 else names
+    return [*names, "token_type_ids"] if (getattr(config, "type_vocab_size", 0) or 0) > 1 else names
 
 
 def export_onnx(folder: str | Path, output: str | Path) -> float:
@@ -91,7 +92,7 @@ def _exported(folder: str | Path, output: Path) -> float:
 
 def _to_onnx(model: PreTrainedModel, path: Path) -> None:
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    wrapped, example = _Outputs(model).eval(), _example(model, EXAMPLE)
+    wrapped, example = _Outputs(model).eval(), tuple(example_inputs(model.config, EXAMPLE).values())
     with torch.no_grad():
         names = list(wrapped.named(*example))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages that the graph does not need
@@ -108,29 +109,35 @@ def _to_onnx(model: PreTrainedModel, path: Path) -> None:
             dynamic_shapes=((sizes,) * len(example),),
             verbose=False,
         )
+    _drop_stale_shapes(path)
 
 
-def _example(model: PreTrainedModel, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+def _drop_stale_shapes(path: Path) -> None:
+    """Of values within the graph: PyTorch leaves those from before its optimizations; ONNX Runtime infers its own."""
+    import onnx
+
+    graph = onnx.load(path)
+    del graph.graph.value_info[:]
+    onnx.save(graph, path)
+
+
+def example_inputs(config: Any, shape: tuple[int, int]) -> dict[str, Tensor]:
     """Random token ids, a mask that leaves out the last token of every sequence but the first, random segments."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator)
+    ids = torch.randint(config.get_text_config().vocab_size, shape, generator=generator)
     mask = torch.ones_like(ids)
     mask[1:, -1] = 0
     segments = torch.randint(2, shape, generator=generator)
-    return (ids, mask, segments)[: len(_input_names(model))]
+    return dict(zip(_input_names(config), (ids, mask, segments), strict=False))
 
 
 def _difference(model: PreTrainedModel, path: Path, shape: tuple[int, int]) -> float:
     """The largest ‖ONNX Runtime − model‖ / ‖model‖ of the outputs."""
-    import onnxruntime
-
-    example = _example(model, shape)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: one.numpy() for name, one in zip(_input_names(model), example, strict=True)})
+    inputs = example_inputs(model.config, shape)
+    found = OnnxModel(path, model.config)(**inputs).values()
     with torch.no_grad():
-        expected = _Outputs(model)(*example)
-    pairs = zip(map(torch.from_numpy, found), expected, strict=True)
-    return max(float((one - other).norm() / other.norm()) for one, other in pairs)
+        expected = _Outputs(model)(*inputs.values())
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True))
 
 
 def _require_packages() -> Any:
