@@ -104,7 +104,11 @@ def command_functions(root: Path) -> Iterator[tuple[str, int, int]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 last = node.end_lineno or node.lineno
-                yield f"{path.stem}.{node.name}", last - node.lineno + 1, len(node.args.args)
+                yield (
+                    f"{path.stem}.{node.name}",
+                    last - node.lineno + 1,
+                    len(node.args.args) + len(node.args.kwonlyargs),
+                )
 
 
 def kind_tests(root: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """A model and a task's data → statistics → ranks → factors → score → a saved folder: the flow, written once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,18 +12,23 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import Profile, get_allocation
-from hf_lowrank.compression.compress import CompressionConfig, compress
+from hf_lowrank.compression.compress import CompressionConfig, check_possible, compress
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
 from hf_lowrank.compression.report import CompressionReport
+from hf_lowrank.compression.search import search_smallest
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.facts import public_name, versions
-from hf_lowrank.folder.loading import load_model, stored_dtype
-from hf_lowrank.folder.saving import save_compressed
-from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.folder.loading import load_as_saved, load_model, stored_dtype
+from hf_lowrank.folder.saving import add_facts, save_compressed
+from hf_lowrank.folder.scores import with_score
+from hf_lowrank.jobs.checkpoint import MINUTES, Work
+from hf_lowrank.model.weights import model_digest
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.tasks import Task, described, get_task, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
-from hf_lowrank.training.evaluate import evaluate_splits
+from hf_lowrank.tasks import Task, described, get_task, label_mapping, load_validation
+from hf_lowrank.tasks.calibration import calibration_loader, data_digest
+from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits
+from hf_lowrank.training.limits import loss_limit, score_limit
 
 
 @dataclass
@@ -32,11 +37,15 @@ class Pipeline:
 
     Args:
         model: changed in place by `compress`.
-        task: says which rows, labels and metric.
+        tokenizer: reads the task's texts; None only without a task.
+        task: says which rows, labels and metric; None where nothing is measured.
         data_dir: a folder with train and validation files; None for the Hub's.
         name: what records call the model: a Hub name, or the last part of a folder's path.
         samples: training rows that statistics are measured on, chosen by `seed`, in batches of `batch_size`.
         dtype: in which weights are saved; None for that of the model in memory.
+        device: where statistics are kept; None for beside the layers.
+        work: where unfinished work is kept; None for nowhere (see `begin`).
+        facts: what the record says besides what the pipeline knows by itself.
 
     >>> pipeline = Pipeline.load("./bert-stsb", task="stsb")            # doctest: +SKIP
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
@@ -45,33 +54,41 @@ class Pipeline:
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
+    tokenizer: PreTrainedTokenizerBase | None
+    task: Task | None
     data_dir: Path | None = None
     name: str = ""
     seed: int = 0
     samples: int = 512
     batch_size: int = 16
     dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    work: Work | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
     report: CompressionReport | None = field(default=None, init=False)
 
     @classmethod
-    def load(cls, name: str, task: str | Task, data_dir: str | Path | None = None, **options: Any) -> "Pipeline":
+    def load(
+        cls, name: str, task: str | Task | None = None, data_dir: str | Path | None = None, **options: Any
+    ) -> "Pipeline":
         """The model called `name`, a folder or a Hub name, with its tokenizer, for a task. `options` are those above.
+
+        Without a task it is what it was saved as, and only what needs no data can be done with it.
 
         Raises:
             LowRankError: an unknown task, no such model, or one that is not trained for the task.
         """
         data_dir = None if data_dir is None else Path(data_dir)
         the_task = get_task(task, data_dir=data_dir) if isinstance(task, str) else task
-        model, tokenizer = load_model(name, the_task)
+        model, tokenizer = load_as_saved(name) if the_task is None else load_model(name, the_task)
         return cls(model, tokenizer, the_task, data_dir, public_name(name), dtype=stored_dtype(name), **options)
 
     @property
     def origin(self) -> dict[str, Any]:
         """What statistics are measured on, in plain words."""
-        data = self.task.hub[0] if self.data_dir is None else self.data_dir.resolve().name
-        return {"model": self.name, "task": self.task.name, "data": data, "split": "train", "seed": self.seed}
+        _, task = self._reading
+        data = task.hub[0] if self.data_dir is None else self.data_dir.resolve().name
+        return {"model": self.name, "task": task.name, "data": data, "split": "train", "seed": self.seed}
 
     @cached_property
     def validation(self) -> Sequence[Dataset]:
@@ -80,33 +97,97 @@ class Pipeline:
         Raises:
             LowRankError: the data cannot be read or lack what the task needs.
         """
-        return load_validation(self.task, self.data_dir, self.tokenizer, self.model.config)
+        tokenizer, task = self._reading
+        return load_validation(task, self.data_dir, tokenizer, self.model.config)
 
     @cached_property
     def scored_on(self) -> dict[str, Any]:
         """What `score` is measured on: names, rows and a digest; scores are comparable where these are equal."""
-        return described(self.validation, self.task, self.data_dir)
+        return described(self.validation, self._reading[1], self.data_dir)
 
-    def loader(self, samples: int | None = None) -> DataLoader:
-        """Batches of `samples` training rows (by default those of the pipeline): under several processes, a share."""
-        count = self.samples if samples is None else samples
-        rest = (self.data_dir, count, self.batch_size, self.seed)
-        return calibration_loader(self.model, self.tokenizer, self.task, *rest)
+    @cached_property
+    def calibration(self) -> DataLoader:
+        """The training rows that statistics are measured on, in batches: under several processes, a share.
 
-    def statistics(self, config: CompressionConfig, **options: Any) -> Statistics | None:
-        """What `config` needs, measured on the training rows; None where it needs nothing.
+        Raises:
+            LowRankError: as `calibration_loader`.
+        """
+        return self._rows(self.samples)
 
-        `options` are those of `compute_statistics` (`work`, `device`, …).
+    def check(self, config: CompressionConfig) -> None:
+        """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
+
+        Raises:
+            LowRankError: as `check_possible`.
+        """
+        check_possible(self.model, config)
+
+    def calibration_digest(self) -> str:
+        """A digest of the calibration samples, the same for any number of processes."""
+        return data_digest(self.calibration)
+
+    def begin(
+        self,
+        folder: str | Path,
+        settings: Mapping[str, Any],
+        data: str | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        checkpoint_minutes: float = MINUTES,
+    ) -> None:
+        """Keep unfinished work in `folder` from now on, or go on with the work that is there.
+
+        The job is known by the model's weights, the seed, versions, and what is given here.
+
+        Args:
+            folder: a place of its own.
+            settings: what is to be done, in plain facts.
+            data: a digest of the samples, or of the statistics in their place (see `calibration_digest`).
+            overwrite: let go of work that is there.
+            resume: go on with it.
+            checkpoint_minutes: between two checkpoints of a pass over the data.
+
+        Raises:
+            LowRankError: as `Work.open`.
+        """
+        known = {"task": self.task and self.task.name, "batch_size": self.batch_size}
+        key = {
+            "model": model_digest(self.model),
+            "data": data,
+            "settings": {**settings, **known},
+            "seed": self.seed,
+            "versions": versions(),
+        }
+        self.work = Work.open(folder, key, resume, overwrite, checkpoint_minutes)
+
+    def statistics(self, config: CompressionConfig) -> Statistics | None:
+        """What `config` needs, measured on the calibration samples; None where it needs nothing.
 
         Raises:
             LowRankError: as `compute_statistics`.
         """
-        if not config.needs:
-            return None
-        chosen = {"include": config.include, "exclude": config.exclude, "origin": self.origin}
-        return compute_statistics(self.model, self.loader(), config.needs, **chosen | options)
+        return self.measure(config.needs, config.include, config.exclude) if config.needs else None
 
-    def profile(self, config: CompressionConfig, statistics: Statistics | None, **options: Any) -> Profile | None:
+    def measure(
+        self, kinds: Sequence[str], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    ) -> Statistics:
+        """Statistics of these kinds, measured on the calibration samples.
+
+        Raises:
+            LowRankError: as `compute_statistics`.
+        """
+        return compute_statistics(
+            self.model,
+            self.calibration,
+            kinds,
+            include=include,
+            exclude=exclude,
+            origin=self.origin,
+            device=self.device,
+            work=self.work,
+        )
+
+    def profile(self, config: CompressionConfig, statistics: Statistics | None) -> Profile | None:
         """The losses of single layers, measured, where the allocation of `config` asks for them.
 
         Raises:
@@ -114,21 +195,16 @@ class Pipeline:
         """
         if get_allocation(config.allocation or "").losses != "profile":
             return None
-        return profile_losses(self.model, config, statistics, self.loader(PROFILE_SAMPLES), **options)
+        return profile_losses(self.model, config, statistics, self._rows(PROFILE_SAMPLES))
 
     def compress(
-        self,
-        config: CompressionConfig | None = None,
-        statistics: Statistics | None = None,
-        work: Work | None = None,
-        **settings: Any,
+        self, config: CompressionConfig | None = None, statistics: Statistics | None = None, **settings: Any
     ) -> CompressionReport:
         """Factorize the model in place, and say what became of it.
 
         Args:
             config: what to do; in its place `settings`, as keyword arguments of `CompressionConfig`.
             statistics: measured before; None to measure them now.
-            work: where unfinished work is kept (see `Work.open`).
 
         Raises:
             LowRankError: as `compute_statistics`, `profile_losses` and `compress`; or both config and settings.
@@ -136,15 +212,62 @@ class Pipeline:
         if config is not None and settings:
             raise LowRankError(f"give a config or settings, not both: {', '.join(settings)}")
         config = config or CompressionConfig(**settings)
-        measured = statistics or self.statistics(config, work=work)
+        measured = statistics or self.statistics(config)
         profile = self.profile(config, measured)
-        self.model, self.report = compress(self.model, config, measured, work=work, profile=profile)
+        self.model, self.report = compress(self.model, config, measured, work=self.work, profile=profile)
+        return self.report
+
+    def search(
+        self,
+        config: CompressionConfig,
+        statistics: Statistics | None = None,
+        keep_score: float | None = None,
+        max_loss_increase: float | None = None,
+    ) -> CompressionReport:
+        """As `compress`, at the smallest size that is good enough on the validation data, whatever the config's budget.
+
+        Args:
+            config: everything but the budget.
+            statistics: measured before; None to measure them now.
+            keep_score: the share of the dense model's score that is kept at least.
+            max_loss_increase: in its place, how much the mean loss may rise at most.
+
+        Raises:
+            LowRankError: as `compress`, `score_limit` and `search_smallest`; no model is good enough.
+        """
+        measured = statistics or self.statistics(config)
+        profile = self.profile(config, measured)
+        reading = (self.model, *self._reading, self.validation)
+        kept = keep_score is not None
+        limit = score_limit(*reading, keep_score or 1.0) if kept else loss_limit(*reading, max_loss_increase or 0.0)
+        try:
+            found = search_smallest(self.model, config, measured, limit.measure, limit.accepts, profile)
+        except LowRankError as error:
+            raise LowRankError(f"{error}; wanted {limit}") from None
+        wanted = {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
+        self.model, self.report = found.model, found.report
+        self.facts["search"] = {**wanted, "tried": found.tried}
         return self.report
 
     def score(self, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, float]:
         """The figures of the task's metrics, and `score`, on all validation rows: of this model, or of another."""
         chosen = self.model if model is None else model
-        return evaluate_splits(chosen, self.tokenizer, self.task, self.validation, progress=progress)
+        return evaluate_splits(chosen, *self._reading, self.validation, progress=progress)
+
+    def score_dense(self) -> dict[str, float]:
+        """As `score`, noted for the record as the score before compression."""
+        figures = self.score()
+        self.facts |= with_score(self.facts, "dense", figures["score"], self.scored_on)
+        return figures
+
+    def score_saved(self, folder: str | Path) -> dict[str, float]:
+        """As `score`, of the model loaded back from the folder it was saved in, and noted in its record and card."""
+        _, task = self._reading
+        figures, scored_on = evaluate_described(*load_model(str(folder), task), task, self.data_dir)
+        found = with_score(self.facts, "compressed", figures["score"], scored_on)
+        self.facts |= found
+        add_facts(folder, **found)
+        return figures
 
     def save(self, folder: str | Path, overwrite: bool = False, **facts: Any) -> None:
         """Write model, tokenizer, record and card into a new folder, all of it or nothing; `facts` join the record.
@@ -154,5 +277,43 @@ class Pipeline:
         """
         if self.report is None:
             raise LowRankError("there is nothing to save yet: call compress first")
-        known = {"base_model": self.name, "task": self.task.name, "data": self.origin["data"], "versions": versions()}
-        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **known | facts)
+        if self.work is not None:
+            self.work.mark_saving()
+        known = self._known() | self.facts | facts
+        self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
+        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
+
+    def save_statistics(self, statistics: Statistics, folder: str | Path, overwrite: bool = False) -> None:
+        """Write statistics into a new folder, all of it or nothing.
+
+        Raises:
+            LowRankError: the folder exists and `overwrite` is off.
+        """
+        if self.work is not None:
+            self.work.mark_saving()
+        statistics.save(folder, overwrite)
+
+    def finish(self) -> None:
+        """Let go of the unfinished work, the result being safe; to be called by the main process."""
+        if self.work is not None:
+            self.work.remove()
+
+    def _known(self) -> dict[str, Any]:
+        """What the record says of where the model comes from."""
+        known: dict[str, Any] = {"base_model": self.name, "versions": versions()}
+        if self.task is not None:
+            known |= {"task": self.task.name, "data": self.origin["data"]}
+            if mapping := label_mapping(self.task, self.model.config):
+                known |= {"labels": mapping}
+        return known
+
+    @property
+    def _reading(self) -> tuple[PreTrainedTokenizerBase, Task]:
+        """What data are read with."""
+        if self.tokenizer is None or self.task is None:
+            raise LowRankError("there is no task to measure on: load the model for one")
+        return self.tokenizer, self.task
+
+    def _rows(self, samples: int) -> DataLoader:
+        tokenizer, task = self._reading
+        return calibration_loader(self.model, tokenizer, task, self.data_dir, samples, self.batch_size, self.seed)

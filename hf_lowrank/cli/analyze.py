@@ -1,63 +1,57 @@
 """hf-lowrank analyze: before compressing, what a model will bear, where and why."""
 
 import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_lowrank.allocation.budget import Budget
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import (
-    BatchOption,
-    DataOption,
-    ExcludeOption,
-    IncludeOption,
+    CalibrationOptions,
+    DataOptions,
     JsonOption,
-    LabelColumnOption,
-    LengthOption,
+    LayerOptions,
     MethodsOption,
     ModelArgument,
-    SamplesOption,
-    SeedOption,
     TaskOption,
-    TextColumnOption,
     chosen_methods,
-    patterns,
 )
-from hf_lowrank.tasks.table import get_task
+
+if TYPE_CHECKING:
+    from hf_lowrank.studies.analysis import Analysis
+    from hf_lowrank.tasks.task import Task
 
 
-@app.command("analyze")
-def analyze_command(
-    context: typer.Context,
-    model: ModelArgument,
-    task: TaskOption,
-    output: Annotated[Path, typer.Option(help="A folder for report.html, plots (PNG) and analysis.json.")],
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """The options of `hf-lowrank analyze`, in the order of its help."""
+
+    task: TaskOption
+    output: Annotated[Path, typer.Option(help="A folder for report.html, plots (PNG) and analysis.json.")]
     rank_ratio: Annotated[
         float, typer.Option(help="Share of the ranks that you think of keeping; advice is for this one.")
-    ] = 0.33,
-    method: MethodsOption = None,
-    groups: Annotated[int, typer.Option(min=2, help="Groups of singular directions that are removed in turn.")] = 10,
+    ] = 0.33
+    method: MethodsOption = None
+    groups: Annotated[int, typer.Option(min=2, help="Groups of singular directions that are removed in turn.")] = 10
     eval_samples: Annotated[
         int | None,
         typer.Option(min=2, help="Validation samples for each measurement. Default: all; 300 is often enough."),
-    ] = None,
-    data_dir: DataOption = None,
-    text_column: TextColumnOption = None,
-    label_column: LabelColumnOption = None,
-    samples: SamplesOption = 512,
-    batch_size: BatchOption = 16,
-    max_length: LengthOption = None,
-    seed: SeedOption = 0,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
+    ] = None
+    data: DataOptions
+    calibration: CalibrationOptions
+    layers: LayerOptions
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Forget the measurements in the output folder and begin anew.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+    ] = False
+    as_json: JsonOption = False
+
+
+@command("analyze")
+def analyze_command(context: typer.Context, model: ModelArgument, given: AnalyzeOptions) -> None:
     """Find out what low rank will cost a model, where and why, before compressing it.
 
     Sweeps the rank, removes groups of singular directions, compresses every layer alone: is that what Fisher foretold?
@@ -66,57 +60,52 @@ def analyze_command(
 
     Example: hf-lowrank analyze ./bert-stsb --task stsb --eval-samples 300 --output ./analysis
     """
-    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
-    chosen = chosen_methods(method)
-    Budget("rank_ratio", rank_ratio)  # raises
+    task = given.data.of_task(given.task)
+    methods = chosen_methods(given.method)
+    Budget("rank_ratio", given.rank_ratio)  # raises
 
-    from hf_lowrank.cli.facts import origin, public_name
     from hf_lowrank.cli.work import claim
-    from hf_lowrank.folder.densify import densify
-    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.folder.facts import public_name
     from hf_lowrank.jobs.distributed import refuse_several
-    from hf_lowrank.nn.modeling_lowrank import LowRankMixin
-    from hf_lowrank.statistics import compute_statistics
-    from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
-    from hf_lowrank.studies.plots.report import JOURNAL, prepare_folder, save_analysis
-    from hf_lowrank.tasks import load_validation
-    from hf_lowrank.tasks.calibration import calibration_loader
+    from hf_lowrank.studies.plots.report import prepare_folder, save_analysis
 
-    config = AnalysisConfig(
-        chosen,
-        rank_ratio,
-        groups,
-        eval_samples=eval_samples,
-        seed=seed,
-        include=patterns(include),
-        exclude=patterns(exclude),
-    )
     refuse_several("an analysis")
-    claim(context, output, model, data_dir)
-    prepare_folder(output, overwrite)
-    loaded, tokenizer = load_model(model, the_task)
-    if isinstance(loaded, LowRankMixin):  # whole weights are changed, and sizes are those of the dense model
-        loaded = densify(loaded)
-    validation = load_validation(the_task, data_dir, tokenizer, loaded.config)
-    loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
-    source = origin(model, the_task, data_dir, seed)
-    kinds = needed_statistics(chosen)
-    statistics = compute_statistics(loaded, loader, kinds, include=include, exclude=exclude, origin=source)
-    analysis = analyze(
-        loaded, tokenizer, the_task, validation, statistics, config, public_name(model), output / JOURNAL
-    )
-    save_analysis(analysis, output)
-    if as_json:
+    claim(context, given.output, model, given.data.data_dir)
+    prepare_folder(given.output, given.overwrite)
+    analysis = _analyzed(model, task, methods, given)
+    save_analysis(analysis, given.output)
+    if given.as_json:
         return print_json(analysis.to_dict())
     for finding in analysis.findings:
         console.print(f"• {finding}", highlight=False, markup=False)
-    console.print(f"the report is {output / 'report.html'}; to compress as it advises:", highlight=False)
-    chosen_layers = {"include": include, "exclude": exclude}
-    columns = {"data_dir": data_dir, "text_column": text_column, "label_column": label_column, "max_length": max_length}
-    measured = {"samples": samples if samples != 512 else None, "seed": seed or None}
-    options = {"task": task, "method": analysis.recommended.method, "rank_ratio": analysis.recommended.rank_ratio}
-    options |= {**columns, **measured, **chosen_layers, "output": f"{Path(public_name(model)).name}-lowrank"}
+    console.print(f"the report is {given.output / 'report.html'}; to compress as it advises:", highlight=False)
+    advised = {"method": analysis.recommended.method, "rank_ratio": analysis.recommended.rank_ratio}
+    options = {"task": given.task, **advised, **_changed(given.data), **_changed(given.calibration)}
+    options |= {**_changed(given.layers), "output": f"{Path(public_name(model)).name}-lowrank"}
     console.print(_command("compress", model, **options), highlight=False, markup=False, soft_wrap=True)
+
+
+def _analyzed(model: str, task: "Task", methods: tuple[str, ...], given: AnalyzeOptions) -> "Analysis":
+    from hf_lowrank.folder.densify import densify
+    from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+    from hf_lowrank.pipeline import Pipeline
+    from hf_lowrank.studies.analysis import AnalysisConfig, analyze, needed_statistics
+    from hf_lowrank.studies.plots.report import JOURNAL
+
+    chosen: dict[str, Any] = {name: getattr(given, name) for name in ("rank_ratio", "groups", "eval_samples")}
+    config = AnalysisConfig(methods, **chosen, seed=given.calibration.seed, **given.layers.patterns)
+    pipeline = Pipeline.load(model, task, given.data.data_dir, **vars(given.calibration))
+    if isinstance(pipeline.model, LowRankMixin):  # whole weights are changed, and sizes are those of the dense model
+        pipeline.model = densify(pipeline.model)
+    validation = pipeline.validation
+    statistics = pipeline.measure(needed_statistics(methods), **given.layers.patterns)
+    rest: Any = (pipeline.tokenizer, task, validation, statistics, config, pipeline.name, given.output / JOURNAL)
+    return analyze(pipeline.model, *rest)
+
+
+def _changed(group: Any) -> dict[str, Any]:
+    """The options of a group that are not as by default."""
+    return {f.name: getattr(group, f.name) for f in fields(group) if getattr(group, f.name) != f.default}
 
 
 def _command(name: str, model: str, **options: Any) -> str:

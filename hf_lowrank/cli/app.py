@@ -10,12 +10,14 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from hf_lowrank import __version__
+from hf_lowrank.cli.groups import with_groups
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.imports import after_import
 from hf_lowrank.jobs.interrupts import Stopped, ending_in_order
@@ -42,6 +44,11 @@ app = typer.Typer(
     "Start with [bold]hf-lowrank demo[/bold], which needs no download. [bold]hf-lowrank --version[/bold] says which "
     "version this is.",
 )
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the command `name`; its parameters may be dataclasses of options (see `with_groups`)."""
+    return lambda function: app.command(name)(with_groups(function))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Options that say how small a model should become."""
+"""Options that say how small a model should become, and how that is spread over its layers."""
 
 import math
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
@@ -17,36 +18,62 @@ def _budget(kind: str, default: str = "") -> Any:
     return typer.Option(f"--{kind.replace('_', '-')}", help=f"{meaning}.{default}", rich_help_panel=PANEL)
 
 
-RankRatioOption = Annotated[float | None, _budget("rank_ratio", " [dim]This one, 0.33, if none is given.[/dim]")]
-KeepOption = Annotated[float | None, _budget("keep")]
-KeepModelOption = Annotated[float | None, _budget("keep_model")]
-ParamsOption = Annotated[str | None, _budget("params")]
-FlopsOption = Annotated[str | None, _budget("flops")]
-LatencyOption = Annotated[float | None, _budget("latency")]
-KeepScoreOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Search: the smallest model whose validation score keeps this share, such as 0.99.",
-        rich_help_panel=PANEL,
-    ),
-]
-LossOption = Annotated[
-    float | None,
-    typer.Option(
-        "--max-loss-increase",
-        help="Search: the smallest model whose mean validation loss rises by no more than this.",
-        rich_help_panel=PANEL,
-    ),
-]
-AllocationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Which layers get the budget: "
-        + "; ".join(f"{rule.name}, {rule.description}" for rule in ALLOCATIONS.values())
-        + ". [dim]Default: by method.[/dim]",
-        rich_help_panel=BOUNDS,
-    ),
-]
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How small, in one of the units of `CompressionConfig`."""
+
+    rank_ratio: Annotated[float | None, _budget("rank_ratio", " [dim]This one, 0.33, if none is given.[/dim]")] = None
+    keep: Annotated[float | None, _budget("keep")] = None
+    keep_model: Annotated[float | None, _budget("keep_model")] = None
+    params: Annotated[str | None, _budget("params")] = None
+    flops: Annotated[str | None, _budget("flops")] = None
+    latency: Annotated[float | None, _budget("latency")] = None
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How good, in place of how small: the arguments of `Pipeline.search`."""
+
+    keep_score: Annotated[
+        float | None,
+        typer.Option(
+            help="Search: the smallest model whose validation score keeps this share, such as 0.99.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            help="Search: the smallest model whose mean validation loss rises by no more than this.",
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether the smallest model is searched that is good enough."""
+        return self.keep_score is not None or self.max_loss_increase is not None
+
+    def refuse_contradictions(self, budgets: BudgetOptions) -> None:
+        """Raise where a search comes with a budget or another search, or cannot succeed.
+
+        Raises:
+            LowRankError: the message names them.
+        """
+        asked = [(f.name, getattr(group, f.name)) for group in (budgets, self) for f in fields(group)]
+        given = [name for name, value in asked if value is not None]
+        if len(given) > 1:
+            raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
+        if self.keep_score is not None and not 0 < self.keep_score <= 1:
+            raise LowRankError(
+                f"keep_score is a share of the dense model's score, in (0, 1], such as 0.99; it is {self.keep_score}"
+            )
+        if self.max_loss_increase is not None and not 0 <= self.max_loss_increase < math.inf:
+            raise LowRankError(
+                f"max_loss_increase must be a number from 0, such as 0.01; it is {self.max_loss_increase}"
+            )
+
+
 AlignOption = Annotated[
     int | None,
     typer.Option(
@@ -56,28 +83,27 @@ AlignOption = Annotated[
         rich_help_panel=BOUNDS,
     ),
 ]
-FloorOption = Annotated[
-    float, typer.Option(help="Least rank of a layer, as a share of its uniform rank, 0 to 1.", rich_help_panel=BOUNDS)
-]
-CapOption = Annotated[
-    float | None,
-    typer.Option(help="Largest rank of a layer, as a multiple of its uniform rank.", rich_help_panel=BOUNDS),
-]
 
 
-def refuse_contradictions(budgets: dict[str, Any], keep_score: float | None, max_loss_increase: float | None) -> None:
-    """Raise where a search comes with a budget or another search, or cannot succeed.
+@dataclass(frozen=True)
+class SpreadOptions:
+    """Which layers get how much of it: the fields of `CompressionConfig` of these names."""
 
-    Raises:
-        LowRankError: the message names them.
-    """
-    asked = budgets | {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
-    if keep_score is not None and not 0 < keep_score <= 1:
-        raise LowRankError(
-            f"keep_score is a share of the dense model's score, in (0, 1], such as 0.99; it is {keep_score}"
-        )
-    if max_loss_increase is not None and not 0 <= max_loss_increase < math.inf:
-        raise LowRankError(f"max_loss_increase must be a number from 0, such as 0.01; it is {max_loss_increase}")
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="Which layers get the budget: "
+            + "; ".join(f"{rule.name}, {rule.description}" for rule in ALLOCATIONS.values())
+            + ". [dim]Default: by method.[/dim]",
+            rich_help_panel=BOUNDS,
+        ),
+    ] = None
+    align: AlignOption = None
+    floor: Annotated[
+        float,
+        typer.Option(help="Least rank of a layer, as a share of its uniform rank, 0 to 1.", rich_help_panel=BOUNDS),
+    ] = 0.0
+    cap: Annotated[
+        float | None,
+        typer.Option(help="Largest rank of a layer, as a multiple of its uniform rank.", rich_help_panel=BOUNDS),
+    ] = None

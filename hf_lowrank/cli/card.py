@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import read_json, write_json
 
 
-@app.command("card")
+@command("card")
 def card_command(
     folder: Annotated[
         Path,

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, OverwriteOption
 
 
-@app.command("demo")
+@command("demo")
 def demo_command(
     output: Annotated[Path, typer.Option(help="Where the best compressed model goes.")] = Path("hf-lowrank-demo"),
     seed: Annotated[int, typer.Option(help="Of the generated data and the training.")] = 0,

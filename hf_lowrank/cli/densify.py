@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.options import OverwriteOption, refuse_taken
 
 
-@app.command("densify")
+@command("densify")
 def densify_command(
     folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
     output: Annotated[Path, typer.Argument(help="Where the dense model goes.", metavar="OUT")],

@@ -1,29 +1,40 @@
 """hf-lowrank experiment: a recipe, from fine-tuning to the papers' tables."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
 
+if TYPE_CHECKING:
+    from hf_lowrank.studies.experiment.store import Store
 
-@app.command("experiment")
-def experiment_command(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, as in examples/recipes.", metavar="RECIPE")],
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """The options of `hf-lowrank experiment`, in the order of its help."""
+
     output: Annotated[
         Path | None, typer.Option(help="Where records and tables go. Default: the recipe's name + '-results'.")
-    ] = None,
+    ] = None
     data_dir: Annotated[
         Path | None, typer.Option(help="A folder with one folder of data for each task. Default: the Hub.")
-    ] = None,
+    ] = None
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Save every compressed model in OUTPUT/models.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the steps, and which are done.")] = False,
-    as_json: JsonOption = False,
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the steps, and which are done.")] = False
+    as_json: JsonOption = False
+
+
+@command("experiment")
+def experiment_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as in examples/recipes.", metavar="RECIPE")],
+    given: ExperimentOptions,
 ) -> None:
     """Fine-tune, compress, score, fine-tune and score again, as a recipe says; tables like the papers' come out.
 
@@ -34,27 +45,33 @@ def experiment_command(
     """
     from accelerate import PartialState
 
-    from hf_lowrank.studies.experiment import load_recipe, plan_of, run_recipe, tables_of
-    from hf_lowrank.studies.experiment.run import steps_of
+    from hf_lowrank.studies.experiment import load_recipe, run_recipe, tables_of
     from hf_lowrank.studies.experiment.store import Store
     from hf_lowrank.studies.experiment.tables import rows_of
 
     the_recipe = load_recipe(recipe)
-    folder = output or Path(f"{recipe.stem}-results")
+    folder = given.output or Path(f"{recipe.stem}-results")
     store = Store(folder)
-    if dry_run:
-        steps = [step for dense, runs in plan_of(the_recipe) for step in steps_of(dense, runs)]
-        done = [store.get(name, settings) is not None for name, settings in steps]
-        if as_json:
-            return print_json({name: {"done": is_done} for (name, _), is_done in zip(steps, done, strict=True)})
-        for (name, _), is_done in zip(steps, done, strict=True):
-            console.print(f"{'done' if is_done else '    '}  {name}", highlight=False, soft_wrap=True)
-        return console.print(f"{len(steps)} steps, {sum(done)} done; records in {folder}", highlight=False)
-    run_recipe(the_recipe, folder, data_dir, keep_models, _say)
+    if given.dry_run:
+        return _list_steps(the_recipe, folder, store, given.as_json)
+    run_recipe(the_recipe, folder, given.data_dir, given.keep_models, _say)
     if PartialState().is_main_process:
-        if as_json:
+        if given.as_json:
             return print_json({"rows": [vars(row) for row in rows_of(the_recipe, store)]})
         print(tables_of(the_recipe, store))
+
+
+def _list_steps(recipe: Any, folder: Path, store: "Store", as_json: bool) -> None:
+    from hf_lowrank.studies.experiment import plan_of
+    from hf_lowrank.studies.experiment.run import steps_of
+
+    steps = [step for dense, runs in plan_of(recipe) for step in steps_of(dense, runs)]
+    done = {name: store.get(name, settings) is not None for name, settings in steps}
+    if as_json:
+        return print_json({name: {"done": is_done} for name, is_done in done.items()})
+    for name, is_done in done.items():
+        console.print(f"{'done' if is_done else '    '}  {name}", highlight=False, soft_wrap=True)
+    console.print(f"{len(steps)} steps, {sum(done.values())} done; records in {folder}", highlight=False)
 
 
 def _say(line: str) -> None:

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console
 from hf_lowrank.errors import LowRankError
 
 
-@app.command("export")
+@command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
     output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="OUT.onnx")],

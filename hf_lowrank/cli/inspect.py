@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption, ModelArgument
 
 
-@app.command("inspect")
+@command("inspect")
 def inspect_command(
     model: ModelArgument,
     plot: Annotated[Path | None, typer.Option(help="Draw the rank of every layer into this PNG file.")] = None,

@@ -1,15 +1,23 @@
-"""Options that several commands share."""
+"""Options that several commands share, in groups: a command that takes a group has all its options.
+
+To add an option is to add a field to its group here or in `budgets`, or to the group of the one command that has it.
+"""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.jobs.files import refuse_existing
-from hf_lowrank.solvers.family import COMPARED, METHODS, get_method
-from hf_lowrank.tasks.table import NAMES
+from hf_lowrank.jobs.interrupts import MINUTES
+from hf_lowrank.solvers.family import COMPARED, METHODS, OPTIMIZER_NAMES, get_method
+from hf_lowrank.tasks.table import NAMES, get_task
+
+if TYPE_CHECKING:
+    from hf_lowrank.tasks.task import Task
 
 ModelArgument = Annotated[str, typer.Argument(help="A folder with a model, or its name on the Hub.", metavar="MODEL")]
 MethodOption = Annotated[
@@ -29,52 +37,106 @@ MethodsOption = Annotated[
     ),
 ]
 TaskOption = Annotated[str, typer.Option("--task", help=f"The task: {', '.join(NAMES)}.")]
-DataOption = Annotated[
-    Path | None,
-    typer.Option(help="A folder with train and validation files (parquet, csv, json, jsonl, txt). Default: the Hub's."),
-]
-TextColumnOption = Annotated[
-    list[str] | None,
-    typer.Option("--text-column", help="Column with the text; twice for pairs. For --task custom, or to rename."),
-]
-LabelColumnOption = Annotated[
-    str | None, typer.Option("--label-column", help="Column with the labels: names, numbers, or fractions to predict.")
-]
-LengthOption = Annotated[
-    int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
-]
-SamplesOption = Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples in a batch. Changes speed and memory, not the result.")]
-SeedOption = Annotated[int, typer.Option(help="Which training samples are chosen.")]
-IncludeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Factorize only linears, embeddings and convolutions of this name pattern, such as 'query', '*.mlp.*', "
-        "'word_embeddings' or '*.convolution'; may be repeated. [dim]"
-        "Default: all linears inside the transformer blocks.[/dim]"
-    ),
-]
 FormOption = Annotated[
     str,
     typer.Option(help="How factors are stored: factors, or interpolative with r² fewer numbers at rank r."),
 ]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Go on where a killed or stopped run of the same command was, from OUTPUT.work; begin, if there is none.",
-    ),
-]
-MinutesOption = Annotated[
-    float,
-    typer.Option(min=0, help="Minutes between two checkpoints of a pass over the data; 0: after every batch."),
-]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the table of all layers as well.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+
+
+@dataclass(frozen=True)
+class FactorOptions:
+    """How factors are found and stored: the fields of `CompressionConfig` of these names."""
+
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZER_NAMES)}. Default: alternating.")
+    ] = None
+    form: FormOption = "factors"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which rows a task has, and how they are read."""
+
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder with train and validation files (parquet, csv, json, jsonl, txt). Default: the Hub's."
+        ),
+    ] = None
+    text_column: Annotated[
+        list[str] | None,
+        typer.Option("--text-column", help="Column with the text; twice for pairs. For --task custom, or to rename."),
+    ] = None
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label-column", help="Column with the labels: names, numbers, or fractions to predict."),
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
+    ] = None
+
+    def of_task(self, name: str) -> "Task":
+        """The task of that name with these data.
+
+        Raises:
+            LowRankError: as `get_task`.
+        """
+        columns: dict[str, Any] = {"text_columns": self.text_column, "label_column": self.label_column}
+        return get_task(name, self.max_length, data_dir=self.data_dir, **columns)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What statistics are measured on: the fields of `Pipeline` of these names."""
+
+    samples: Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")] = 512
+    batch_size: BatchOption = 16
+    seed: Annotated[int, typer.Option(help="Which training samples are chosen.")] = 0
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Which layers."""
+
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Factorize only linears, embeddings and convolutions of this name pattern, such as 'query', "
+            "'*.mlp.*', 'word_embeddings' or '*.convolution'; may be repeated. [dim]"
+            "Default: all linears inside the transformer blocks.[/dim]"
+        ),
+    ] = None
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave linears of this name pattern dense; may be repeated.")
+    ] = None
+
+    @property
+    def patterns(self) -> dict[str, Any]:
+        """The arguments `include` and `exclude` of the library, None where there are no patterns."""
+        return {name: tuple(given) if given else None for name, given in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What becomes of an output that is there, and of unfinished work."""
+
+    overwrite: OverwriteOption = False
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where a killed or stopped run of the same command was, from OUTPUT.work; begin, if there is "
+            "none.",
+        ),
+    ] = False
+    checkpoint_minutes: Annotated[
+        float,
+        typer.Option(min=0, help="Minutes between two checkpoints of a pass over the data; 0: after every batch."),
+    ] = MINUTES
 
 
 def refuse_taken(output: Path, overwrite: bool) -> None:
@@ -95,8 +157,3 @@ def chosen_methods(given: list[str] | None) -> tuple[str, ...]:
     """
     names = [*METHODS] if "all" in (given or ()) else list(dict.fromkeys(given or COMPARED))
     return tuple(get_method(name).name for name in names)
-
-
-def patterns(given: list[str] | None) -> tuple[str, ...] | None:
-    """The name patterns of --include or --exclude, None where there are none."""
-    return tuple(given) if given else None

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
 
 
-@app.command("push")
+@command("push")
 def push_command(
     folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
     repo_id: Annotated[str, typer.Argument(help="The repository, such as me/bert-stsb-lowrank.", metavar="REPO")],

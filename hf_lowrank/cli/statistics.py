@@ -1,94 +1,80 @@
 """hf-lowrank statistics: measure once, compress many times."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console
 from hf_lowrank.cli.options import (
-    BatchOption,
-    DataOption,
-    ExcludeOption,
-    IncludeOption,
-    LabelColumnOption,
-    LengthOption,
-    MinutesOption,
+    CalibrationOptions,
+    DataOptions,
+    JobOptions,
+    LayerOptions,
     ModelArgument,
-    OverwriteOption,
-    ResumeOption,
-    SamplesOption,
-    SeedOption,
     TaskOption,
-    TextColumnOption,
     refuse_taken,
 )
-from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.solvers.family import METHODS
 from hf_lowrank.statistics.names import KIND_NEEDS, check_kinds
-from hf_lowrank.tasks.table import get_task
+
+if TYPE_CHECKING:
+    from hf_lowrank.tasks.task import Task
 
 
-@app.command("statistics")
-def statistics_command(
-    context: typer.Context,
-    model: ModelArgument,
-    task: TaskOption,
-    output: Annotated[Path, typer.Option(help="Where the statistics go.")],
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions:
+    """The options of `hf-lowrank statistics`, in the order of its help."""
+
+    task: TaskOption
+    output: Annotated[Path, typer.Option(help="Where the statistics go.")]
     kind: Annotated[
         list[str] | None,
         typer.Option(help=f"What to measure; may be repeated: {', '.join(KIND_NEEDS)}. Default: what kfac needs."),
-    ] = None,
-    data_dir: DataOption = None,
-    text_column: TextColumnOption = None,
-    label_column: LabelColumnOption = None,
-    samples: SamplesOption = 512,
-    batch_size: BatchOption = 16,
-    max_length: LengthOption = None,
-    seed: SeedOption = 0,
-    include: IncludeOption = None,
-    exclude: ExcludeOption = None,
-    overwrite: OverwriteOption = False,
-    resume: ResumeOption = False,
-    checkpoint_minutes: MinutesOption = MINUTES,
-) -> None:
+    ] = None
+    data: DataOptions
+    calibration: CalibrationOptions
+    layers: LayerOptions
+    job: JobOptions
+
+    @property
+    def kinds(self) -> list[str]:
+        """What to measure."""
+        return list(self.kind or METHODS["kfac"].needs)
+
+
+@command("statistics")
+def statistics_command(context: typer.Context, model: ModelArgument, given: StatisticsOptions) -> None:
     """Measure statistics once, to compress with them many times (compress --statistics)."""
-    kinds = kind or METHODS["kfac"].needs
-    check_kinds(kinds)
-    the_task = get_task(task, max_length, data_dir=data_dir, text_columns=text_column, label_column=label_column)
-    refuse_taken(output, overwrite or resume)
+    check_kinds(given.kinds)
+    task = given.data.of_task(given.task)
+    refuse_taken(given.output, given.job.overwrite or given.job.resume)
 
     from accelerate import PartialState
 
-    from hf_lowrank.cli.facts import origin
-    from hf_lowrank.cli.work import check_memory, claim, open_work, refuse_output
-    from hf_lowrank.folder.loading import load_model
-    from hf_lowrank.statistics import compute_statistics
-    from hf_lowrank.tasks.calibration import calibration_loader
+    from hf_lowrank.cli.work import claim, refuse_output
 
-    claim(context, output, model, data_dir)
-    replace = refuse_output(output, resume, overwrite)
-    _, sums_at = check_memory(model, the_task, kinds, include, exclude, batch_size)
-    loaded, tokenizer = load_model(model, the_task)
-    loader = calibration_loader(loaded, tokenizer, the_task, data_dir, samples, batch_size, seed)
-    source = origin(model, the_task, data_dir, seed)
-    settings = {
-        "kinds": list(kinds),
-        "include": include,
-        "exclude": exclude,
-        "task": the_task.name,
-        "batch_size": batch_size,
-    }
-    work = open_work(output, loaded, loader, settings, seed, resume, overwrite, checkpoint_minutes)
-    measured = compute_statistics(
-        loaded, loader, kinds, include=include, exclude=exclude, origin=source, device=sums_at, work=work
-    )
+    claim(context, given.output, model, given.data.data_dir)
+    replace = refuse_output(given.output, given.job.resume, given.job.overwrite)
+    pipeline, measured = _measured(model, task, given)
     if PartialState().is_main_process:
-        work.mark_saving()
-        measured.save(output, replace)
-        work.remove()
+        pipeline.save_statistics(measured, given.output, replace)
+        pipeline.finish()
         console.print(
             f"{', '.join(measured.kinds)} of {len(measured.weights)} layers over {measured.samples} samples "
-            f"saved to {output}"
+            f"saved to {given.output}"
         )
+
+
+def _measured(model: str, task: "Task", given: StatisticsOptions) -> Any:
+    """The pipeline of the model called `model`, and the statistics that were measured with it."""
+    from hf_lowrank.cli.work import check_memory, work_folder
+    from hf_lowrank.pipeline import Pipeline
+
+    _, place = check_memory(model, task, given.kinds, given.layers, given.calibration.batch_size)
+    pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
+    settings = {"kinds": given.kinds, **vars(given.layers)}
+    pipeline.begin(work_folder(given.output), settings, pipeline.calibration_digest(), **vars(given.job))
+    return pipeline, pipeline.measure(given.kinds, **given.layers.patterns)

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from hf_lowrank.cli.app import app
+from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import JsonOption
 
 
-@app.command("verify")
+@command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="A folder with a compressed model.", metavar="DIR")],
     against: Annotated[str | None, typer.Option(help="The dense model it was made from, to compare with.")] = None,

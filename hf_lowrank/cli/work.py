@@ -1,25 +1,20 @@
 """--resume: where a command keeps its unfinished work, and what must be the same for it to go on."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
 from accelerate import PartialState
-from torch import nn
-from torch.utils.data import DataLoader
 
-from hf_lowrank.cli.facts import versions
+from hf_lowrank.cli.options import LayerOptions
 from hf_lowrank.compression.memory import estimate_memory, skeleton, sums_device
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.checkpoint import MINUTES, Work
+from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import held_for_all, on_main
 from hf_lowrank.jobs.files import refuse_existing
-from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task
-from hf_lowrank.tasks.calibration import data_digest
 
 
 def work_folder(output: Path) -> Path:
@@ -72,12 +67,7 @@ def refuse_output(output: Path, resume: bool, overwrite: bool, work: Path | None
 
 
 def check_memory(
-    model: str,
-    task: Task,
-    kinds: Sequence[str],
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    batch_size: int,
+    model: str, task: Task | None, kinds: Sequence[str], layers: LayerOptions, batch_size: int
 ) -> tuple[dict[str, int] | None, torch.device | None]:
     """The bytes that each process will take, told to the user, and where the statistics are to be kept.
 
@@ -85,10 +75,10 @@ def check_memory(
         LowRankError: the job does not fit in memory; or as `find_targets`.
     """
     state = PartialState()
-    empty = skeleton(model, task, state.device)
-    if empty is None:
+    empty = skeleton(model, task, state.device) if task is not None else None
+    if task is None or empty is None:
         return None, None
-    estimate = estimate_memory(empty, kinds, include, exclude, batch_size * task.max_length)
+    estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=batch_size * task.max_length)
     place = sums_device(estimate, state.device)
     if state.is_main_process:
         kept = ", the statistics in main memory" if place is not None else ""
@@ -97,30 +87,3 @@ def check_memory(
             file=sys.stderr,
         )
     return estimate.to_dict(), place
-
-
-def open_work(
-    output: Path,
-    model: nn.Module,
-    data: DataLoader | str | None,
-    settings: Mapping[str, Any],
-    seed: int,
-    resume: bool,
-    overwrite: bool,
-    minutes: float = MINUTES,
-) -> Work:
-    """The work of a job that is known by the model's weights, its samples, settings, seed and versions.
-
-    `data` are the samples, or a digest of the statistics that stand for them.
-
-    Raises:
-        LowRankError: as `Work.open`.
-    """
-    key = {
-        "model": model_digest(model),
-        "data": data_digest(data) if isinstance(data, DataLoader) else data,
-        "settings": dict(settings),
-        "seed": seed,
-        "versions": versions(),
-    }
-    return Work.open(work_folder(output), key, resume, overwrite, minutes)
