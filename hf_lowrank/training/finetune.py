@@ -1,17 +1,11 @@
 """model + a task's training data → the same model, trained on them, and the facts of the run. Dense or compressed."""
 
-import math
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
@@ -21,23 +15,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.claims import differences
-from hf_lowrank.jobs.files import read_json, write_json
-from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task, collator, encode, load_split, load_validation
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate_splits
+from hf_lowrank.training.running import (
+    ByLength,
+    Watch,
+    as_before,
+    checkpoint_folder,
+    last_checkpoint,
+    trainer_arguments,
+)
 from hf_lowrank.training.settings import FinetuneConfig
-
-SETTINGS = "finetuning.json"  # beside the checkpoints: what they belong to
 
 
 def finetune(
@@ -80,9 +75,9 @@ def finetune(
     if distillation is not None:
         distillation.check(model)
     described = asdict(config) | ({"distillation": distillation.describe()} if distillation else {})
-    with _folder(checkpoints) as folder, _as_before(model):
+    with checkpoint_folder(checkpoints) as folder, as_before(model):
         origin = {"model weights": model_digest(model), "task": task.name, "rows": len(rows)}
-        start = _last_checkpoint(folder, described | origin, resume)
+        start = last_checkpoint(folder, described | origin, resume)
         nn.Module.to(model, torch.float32)  # small steps would be rounded away in half precision
         arguments = _arguments(config, folder, task, checkpoints is not None, checkpoint_steps)
         trainer = _Trainer(model, arguments, rows, tokenizer, task, validation, distillation)
@@ -128,12 +123,12 @@ class _Trainer(Trainer):
     def follow(self, patience: int | None, progress: bool) -> None:
         """Set what watches the training."""
         self.remove_callback(PrinterCallback)  # it would print figures to stdout, which is for the result
-        self.add_callback(_Watch(progress))
+        self.add_callback(Watch("fine-tuning", progress))
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(patience))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return _ByLength(self, self.lengths)
+        return ByLength(self, self.lengths)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         result = evaluate_splits(self.student, self.tokenizer, self.task, self.validation, progress=False)
@@ -154,69 +149,21 @@ class _Trainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _ByLength(Sampler):
-    """A new order in every epoch, by the seed and the epoch alone, so that a resumed epoch goes on in its own order."""
-
-    def __init__(self, trainer: Trainer, lengths: list[int]) -> None:
-        self.trainer, self.lengths = trainer, lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        arguments = self.trainer.args
-        epoch = int(self.trainer.state.epoch or 0)
-        seed = int(np.random.SeedSequence([arguments.seed, epoch]).generate_state(1)[0])
-        batch = arguments.train_batch_size * arguments.world_size
-        return iter(get_length_grouped_indices(self.lengths, batch, generator=torch.Generator().manual_seed(seed)))
-
-
-class _Watch(TrainerCallback):
-    """Our progress bar, on stderr, instead of the Trainer's own; and the end of a run that diverges."""
-
-    def __init__(self, progress: bool) -> None:
-        self.progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown = bar("fine-tuning", state.max_steps, "steps", self.progress)
-        self.shown.update(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise LowRankError(
-                f"the training diverged: its loss is {logs['loss']} after {state.global_step} steps; "
-                "lower the learning rate"
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown.close()
-
-
 def _arguments(
     config: FinetuneConfig, folder: Path, task: Task, checkpoints: bool, checkpoint_steps: int | None
 ) -> TrainingArguments:
-    state = PartialState()
-    if config.batch_size % state.num_processes:
-        raise LowRankError(f"a batch of {config.batch_size} rows cannot be shared by {state.num_processes} processes")
     stops = config.patience is not None
     saving = ("steps" if checkpoint_steps else "epoch") if checkpoints or stops else "no"
     if stops and checkpoint_steps:
         raise LowRankError("early stopping keeps the checkpoint of the best epoch; leave out the steps of checkpoints")
-    arguments = TrainingArguments(
-        str(folder),
+    return trainer_arguments(
+        folder,
+        config.batch_size,
+        config.learning_rate,
+        config.seed,
+        config.bf16,
         num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
-        per_device_train_batch_size=config.batch_size // state.num_processes,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=state.device.type == "cpu",
-        average_tokens_across_devices=False,  # processes have equal shares of every batch
         eval_strategy="epoch" if stops or config.evaluate_epochs else "no",
         save_strategy=saving,
         save_steps=checkpoint_steps or 500,
@@ -225,68 +172,7 @@ def _arguments(
         metric_for_best_model="score" if stops else None,
         greater_is_better=not task.lower_is_better if stops else None,
         logging_strategy="epoch",
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=state.device.type != "cpu",
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are several processes, never DataParallel
-    return arguments
-
-
-@contextmanager
-def _folder(checkpoints: Path | None) -> Iterator[Path]:
-    """The folder of the checkpoints, or a temporary one."""
-    if checkpoints is not None:
-        yield checkpoints
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
-
-
-@contextmanager
-def _as_before(model: PreTrainedModel) -> Iterator[None]:
-    """Take mixed precision off the model's forward again, which Accelerate leaves on it."""
-    names = ("forward", "_original_forward")
-    own = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    try:
-        yield
-    finally:
-        for name in names:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(own)
-
-
-def _last_checkpoint(folder: Path, settings: dict[str, Any], resume: bool) -> str | None:
-    """The last whole checkpoint of an interrupted run with these settings, which are noted for the next one.
-
-    Raises:
-        LowRankError: there are checkpoints but `resume` is off, or they belong to a run with other settings.
-    """
-    path = folder / SETTINGS
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
-    if whole and path.is_file():
-        if not resume:
-            raise LowRankError(f"{folder} holds the checkpoints of an interrupted run; resume it, or delete the folder")
-        for name, before, now in differences(read_json(path), settings):
-            raise LowRankError(
-                f"{folder} holds checkpoints of a run with {name} {before!r}, not {now!r}; "
-                "resume it with its own settings, or delete the folder"
-            )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a checkpoint was finished: this file is written last."""
-    try:
-        read_json(path)
-    except LowRankError:
-        return False
-    return True
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, float]]:

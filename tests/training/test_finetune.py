@@ -23,7 +23,8 @@ from hf_lowrank import CompressionConfig, LowRankError, compress
 from hf_lowrank.folder.loading import load_for_finetuning
 from hf_lowrank.tasks import get_task
 from hf_lowrank.training.distillation import Distillation
-from hf_lowrank.training.finetune import _last_checkpoint, finetune
+from hf_lowrank.training.finetune import finetune
+from hf_lowrank.training.running import last_checkpoint
 from tests.helpers import bert_config, tiny_gpt2
 from tests.tiny_task import WORDS, run, tiny_tokenizer, write_cola, write_encoder
 
@@ -373,11 +374,11 @@ def test_every_command_takes_own_columns(
 
 def test_a_run_that_failed_before_its_first_checkpoint_leaves_nothing_to_resume(tmp_path: Path) -> None:
     settings = {"seed": 0}
-    assert _last_checkpoint(tmp_path / "checkpoints", settings, resume=False) is None
-    assert _last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=False) is None  # not an interrupted run
+    assert last_checkpoint(tmp_path / "checkpoints", settings, resume=False) is None
+    assert last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=False) is None  # not an interrupted run
     whole = tmp_path / "checkpoints" / "checkpoint-3"
     whole.mkdir()
     (whole / "trainer_state.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LowRankError, match="holds the checkpoints of an interrupted run"):
-        _last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=False)
-    assert _last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=True) == str(whole)
+        last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=False)
+    assert last_checkpoint(tmp_path / "checkpoints", {"seed": 1}, resume=True) == str(whole)
