@@ -6,6 +6,7 @@ evaluate
 Importing this registers the Auto classes: at once, or where transformers is not imported yet, together with it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_lowrank.errors import LowRankError
@@ -59,6 +60,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _import_config() -> None:
+    import_module("hf_lowrank.nn.configuration_lowrank")  # which may be what is importing transformers
+
+
 def _register_config() -> None:
     from hf_lowrank.nn.configuration_lowrank import register
 
@@ -77,5 +82,6 @@ def _write_card(*pushed: Any) -> bool:
     return card_from_report(*pushed)
 
 
-after_import("transformers.models.auto.configuration_auto", _register_config)
+after_import("hf_lowrank.nn.configuration_lowrank", _register_config)
+after_import("transformers.models.auto.configuration_auto", _import_config)
 after_import("hf_lowrank.nn.publishing_lowrank", _register_card_writer)

@@ -12,6 +12,7 @@ from hf_lowrank.solvers.elementwise import ElementWise
 from hf_lowrank.solvers.optimizers import OPTIMIZERS, Solution, Trace, get_optimizer
 from hf_lowrank.solvers.optimizers.alternating import diagonal_grams, reduced_precision
 from hf_lowrank.solvers.optimizers.expectation import em_step
+from hf_lowrank.solvers.optimizers.first_order import Point
 from hf_lowrank.solvers.optimizers.least_squares import best_up
 from hf_lowrank.solvers.optimizers.registry import register, weighted_error
 
@@ -114,6 +115,16 @@ def test_sgd_recovers_from_a_rate_that_diverges() -> None:
     values = solution.trace.values()
     assert not max(values[:11]) <= values[0]
     assert error_of(weight, importance, solution) < values[0]
+
+
+def test_the_gradients_are_those_of_the_error() -> None:
+    weight, importance = problem(1.0)
+    point = Point(weight, importance, torch.randn(24, RANK), torch.randn(RANK, 40))
+    up, down = (factor.clone().requires_grad_() for factor in point.parameters)
+    error = weighted_error(importance, weight - up @ down)
+    expected = torch.autograd.grad(error, (up, down))
+    torch.testing.assert_close(point.evaluate(), error.detach())
+    torch.testing.assert_close([factor.grad for factor in point.parameters], list(expected))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

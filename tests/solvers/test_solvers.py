@@ -101,6 +101,13 @@ def test_whitening_attains_the_optimum_and_decomposes_only_the_moment_of_the_sho
     assert [("upper" in vars(side)) for side in (objective.left, objective.right)] == [n == 23 for n in shape]
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_moment_that_rounding_made_indefinite_is_damped_by_its_own_scale(scale: float) -> None:
+    moment = scale * torch.diag(torch.tensor([4.0, 2.0, -1e-12], dtype=torch.float64))
+    upper = WhiteningScaling(moment, 0.0).upper
+    torch.testing.assert_close(upper.T @ upper, moment, rtol=0, atol=1e-8 * scale)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(LowRankError, match="not finite"):

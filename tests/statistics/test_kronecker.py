@@ -16,7 +16,15 @@ from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics import collect, names
-from hf_lowrank.statistics.kronecker import SKETCH, add_fisher_sketch, add_kronecker_in, add_kronecker_out, rise, unit
+from hf_lowrank.statistics.kronecker import (
+    SKETCH,
+    add_fisher_sketch,
+    add_kronecker_in,
+    add_kronecker_out,
+    cosine,
+    rise,
+    unit,
+)
 from hf_lowrank.statistics.names import MOST_PASSES, passes
 from tests.helpers import tiny_bert
 from tests.launches import Job
@@ -131,6 +139,10 @@ def test_a_sketch_is_exact_where_gradients_are_parallel() -> None:
     add_fisher_sketch(total, x.expand(3, -1, -1), g * sizes[:, None, None])
     length = float((g[0].T @ x[0]).norm())
     assert float(total.norm()) == pytest.approx(length**2 * float(sizes.square().sum()), rel=1e-4)
+
+
+def test_without_gradients_the_cosine_is_zero() -> None:
+    assert cosine(torch.zeros(3, 3), torch.zeros(2, 2), torch.zeros(SKETCH, SKETCH)) == 0
 
 
 class Killed(Exception):

@@ -1,0 +1,27 @@
+"""Whichever name is imported first: the package is whole, and the Auto classes know its checkpoints."""
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_lowrank
+
+KNOWN = "; from transformers import AutoConfig; print(AutoConfig.for_model('lowrank').model_type)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hf_lowrank.__all__)
+def test_any_name_may_be_the_first(name: str) -> None:
+    assert printed(f"from hf_lowrank import {name}{KNOWN}") == "lowrank\n"
+
+
+@pytest.mark.parametrize("first", ["from hf_lowrank import *", "import hf_lowrank", "import transformers, hf_lowrank"])
+def test_the_auto_classes_know_it_whatever_comes_first(first: str) -> None:
+    assert printed(first + KNOWN) == "lowrank\n"
+
+
+def printed(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
