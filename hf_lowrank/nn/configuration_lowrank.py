@@ -26,7 +26,10 @@ FORMAT_VERSION = 1
 FORM_NAMES = ("factors", "interpolative")
 SOURCE_FILES = tuple(
     f"{part}_lowrank.py"
-    for part in ("auto", "configuration", "editing", "experts", "layers", "matching", "modeling", "publishing")
+    for part in (
+        *("auto", "configuration", "editing", "engines", "experts", "layers"),
+        *("matching", "modeling", "parents", "publishing"),
+    )
 )
 
 _MODULE_NAME = re.compile(r"[^\s./\\]+(\.[^\s./\\]+)*")  # as `named_modules` makes them; no path can be one
@@ -200,8 +203,11 @@ def register() -> None:
 
 
 def on_config_class_created(hook: Callable[[type[LowRankConfigMixin]], None]) -> None:
-    """Call `hook` with every low-rank config class made from now on: its models must be known to the Auto classes."""
-    _creation_hooks.append(hook)
+    """Call `hook` with every low-rank config class, once: with those that there are, and with each that is made."""
+    if hook not in _creation_hooks:
+        _creation_hooks.append(hook)
+        for config_class in list(_config_classes.values()):
+            hook(config_class)
 
 
 def copy_source_files(directory: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from .experts_lowrank import UnstackedExperts, own_memory, projections, restack, unstacked_names
 from .layers_lowrank import LowRankEmbedding, LowRankLayer, LowRankTiedHead, with_parameter
+from .parents_lowrank import class_by_children
 
 _TIES = ("all_tied_weights_keys", "_tied_weights_keys")  # attributes of a model that an edit may change
 _DESCRIPTIONS = ("ranks", "forms")  # and of a low-rank model's config
@@ -28,7 +29,7 @@ def replaced(model: Any, replacements: Mapping[str, nn.Module]) -> Iterator[None
     Raises:
         ValueError: as `replace_module`.
     """
-    children = {module: (dict(module._modules), dict(module._parameters)) for module in model.modules()}
+    children = {m: (type(m), dict(m._modules), dict(m._parameters)) for m in model.modules()}
     ties = {name: vars(model)[name] for name in _TIES if name in vars(model)}  # a class may have them, too
     config = {name: dict(getattr(model.config, name)) for name in _DESCRIPTIONS if is_low_rank(model)}
     try:
@@ -36,7 +37,8 @@ def replaced(model: Any, replacements: Mapping[str, nn.Module]) -> Iterator[None
             replace_module(model, name, new)
         yield
     finally:
-        for module, (modules, parameters) in children.items():
+        for module, (module_class, modules, parameters) in children.items():
+            module.__class__ = module_class
             _refill(module._modules, modules)
             _refill(module._parameters, parameters)
         for name in _TIES:
@@ -202,11 +204,14 @@ def restack_experts(model: nn.Module) -> None:
 
 
 def replace_by_identity(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put modules in place of others, wherever in `model` those are children."""
+    """Put modules in place of others, wherever in `model` those are children (see `class_by_children`)."""
     for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
-                setattr(parent, child_name, replacements[child])
+        children = {name: child for name, child in parent._modules.items() if child is not None}
+        new = {name: replacements[child] for name, child in children.items() if child in replacements}
+        for name, child in new.items():
+            setattr(parent, name, child)
+        if new:
+            class_by_children(parent, model)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -22,6 +22,9 @@ class LowRankLayer(nn.Module):
     """What factorized layers of every kind have: a weight [out, in] that is the product of `up` and `down`."""
 
     form: ClassVar[str] = "factors"  # of `FORMS`, by which `config.forms` names it
+    _is_hooked: ClassVar[bool] = (
+        True  # for transformers up to 5.18: tensor parallelism wraps the factors, not the layer
+    )
     in_features: int
     out_features: int
     rank: int

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +33,7 @@ from .layers_lowrank import (
     LowRankEmbedding,
     LowRankLayer,
     LowRankLinear,
+    LowRankTiedHead,
     layer_class_for,
 )
 
@@ -122,11 +124,13 @@ def swap_in_empty_layers(model: PreTrainedModel, ranks: Mapping[str, int], forms
     restack_experts(model)
 
 
-def split_parallel_plan(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+def split_parallel_plan(model: PreTrainedModel) -> None:
     """Rewrite the tensor-parallel plan for the factors, and leave unstacked experts out of the parallel plans.
 
     A column-parallel layer shards the rows of `up`, a row-parallel one the columns of `down`: the sum over the devices
-    is then one of activations of width r.
+    is then one of activations of width r. The other factor is whole on every device, which the plan says too: vLLM and
+    SGLang take the first pattern that a name begins with, and that of the dense layer, which other blocks may still
+    have, would be it.
     """
     _keep_experts_whole(model)
     plan: dict[str, str] | None = getattr(model, "_tp_plan", None)
@@ -135,13 +139,33 @@ def split_parallel_plan(model: PreTrainedModel, ranks: Mapping[str, int]) -> Non
     if any(isinstance(module, InterpolativeLinear) for module in model.modules()):
         model._tp_plan = {}  # such a layer needs its whole input
         return
-    patterns = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in ranks}
-    for pattern in patterns & plan.keys():
-        style = plan[pattern]
-        plan[f"{pattern}.{'down' if style.startswith('rowwise') else 'up'}"] = style
-    dense = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, module in model.named_modules() if _is_dense(module)}
-    for pattern in patterns & plan.keys() - dense:
-        del plan[pattern]
+    factors: dict[str, str] = {}
+    for name, module in model.named_modules():
+        pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        if isinstance(module, (LowRankEmbedding, LowRankTiedHead)):
+            plan.pop(pattern, None)  # its factors may be shared, and stay whole
+        elif isinstance(module, LowRankLayer) and pattern in plan:
+            factors |= _styles_of_factors(pattern, plan[pattern])
+    model._tp_plan = factors | plan
+
+
+def _styles_of_factors(pattern: str, style: str) -> dict[str, str]:
+    sharded, whole = ("down", "up") if "rowwise" in style else ("up", "down")
+    if "replicate" in ALL_PARALLEL_STYLES:
+        return {f"{pattern}.{sharded}": style, f"{pattern}.{whole}": "replicate"}
+    # An older transformers has no name for it: its one style of whole weights sums their gradients over the devices,
+    # and those of a factor are whole on each of them. With the `\b` it is for those alone that match patterns.
+    return {f"{pattern}.{sharded}": style, rf"{pattern}.{whole}\b": "replicated_with_grad_allreduce"}
+
+
+def unhook_low_rank_layers(model: nn.Module) -> None:
+    """Take tensor parallelism's wrapper off the layers whose factors have theirs.
+
+    A plan knows no numbers of blocks, so where one block's layer is dense its rule meets those of the others, too.
+    """
+    for module in model.modules():
+        if isinstance(module, LowRankLayer):
+            vars(module).pop("forward", None)
 
 
 def _keep_experts_whole(model: PreTrainedModel) -> None:

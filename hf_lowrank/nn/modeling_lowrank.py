@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import nn
-from transformers import initialization as init
+
+try:
+    from transformers import initialization as init
+except ImportError as error:
+    raise ImportError(
+        f"Low-rank checkpoints need transformers 5.5 or newer, and this is {transformers.__version__}: upgrade it, or "
+        "the engine that asks for so old a one"
+    ) from error
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -32,6 +39,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .auto_lowrank import PREPROCESSOR_MAPPINGS, auto_classes_of, auto_map_of
 from .configuration_lowrank import LowRankConfig as LowRankConfig  # which `auto_map` names
@@ -42,6 +50,7 @@ from .configuration_lowrank import (
 )
 from .configuration_lowrank import register as register
 from .editing_lowrank import own_factors
+from .engines_lowrank import refuse_what_engines_cannot_run
 from .experts_lowrank import UnstackedExperts, own_memory
 from .layers_lowrank import (
     LowRankEmbedding,
@@ -49,7 +58,14 @@ from .layers_lowrank import (
     LowRankTiedHead,
     initialize_factors,
 )
-from .matching_lowrank import RankMatch, match_ranks, refuse_bad_factors, split_parallel_plan, swap_in_empty_layers
+from .matching_lowrank import (
+    RankMatch,
+    match_ranks,
+    refuse_bad_factors,
+    split_parallel_plan,
+    swap_in_empty_layers,
+    unhook_low_rank_layers,
+)
 from .publishing_lowrank import HUB_OPTIONS, add_companions, commit_files
 
 # For the type checker the mixin is a model; for Python it is not, as transformers inspects the bases of a model class.
@@ -71,7 +87,8 @@ class LowRankMixin(_ModelBase):
         # `config.ranks` stays as it is: a head may hand the same config to the Auto class that builds its body.
         self._rank_match = match_ranks(self, config.ranks, config.forms)
         swap_in_empty_layers(self, self._rank_match.ranks, self._rank_match.forms)
-        split_parallel_plan(self, self._rank_match.ranks)
+        split_parallel_plan(self)
+        refuse_what_engines_cannot_run(self)
         self.init_weights()  # of the new layers; the rest is initialized, and on the meta device nothing happens
 
     @classmethod
@@ -159,6 +176,7 @@ class LowRankMixin(_ModelBase):
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         load = type(model).base_model_class._load_pretrained_model
+        unhook_low_rank_layers(model)
         if args or kwargs or getattr(model, "_hf_peft_config_loaded", False):  # an adapter, with names of its own
             return load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         load_config = dataclasses.replace(load_config, weight_mapping=_conversions_for_factors(model, load_config))
@@ -308,6 +326,9 @@ def model_class_for(base_model_class: type[PreTrainedModel]) -> type[LowRankMixi
         conversions = get_checkpoint_conversion_mapping(base_model_class.__name__)
         if conversions is not None:  # some are kept by the name of the class
             register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+        # By the class, too: which outputs are recorded. It is entered where a model is built, and one whose class is
+        # changed in place is built already.
+        _CAN_RECORD_REGISTRY.update({str(_model_classes[base_model_class]): base_model_class._can_record_outputs})
     return _model_classes[base_model_class]
 
 

@@ -214,7 +214,7 @@ def test_the_tensor_parallel_plan_shards_the_factors() -> None:
     config = factorize(tiny_llama(), names=some).config
     plan = AutoModelForCausalLM.from_config(config).tp_plan
     assert plan["model.layers.*.mlp.down_proj.down"] == "rowwise"
-    assert "model.layers.*.mlp.down_proj" not in plan
+    assert plan["model.layers.*.mlp.down_proj.up"] == plan["model.layers.*.mlp.up_proj.down"] == "replicate"
     assert plan["model.layers.*.mlp.up_proj.up"] == plan["model.layers.*.mlp.up_proj"] == "colwise"  # layer 1 is dense
 
 
