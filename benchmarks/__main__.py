@@ -19,6 +19,7 @@ from benchmarks import (
     experts,
     fisher,
     house,
+    labels,
     layer,
     loading,
     memory,
@@ -51,10 +52,11 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "convolutions": convolutions.run,
     "experts": experts.run,
     "house": house.run,
+    "labels": labels.run,
     "mutation": mutation.run,
 }
 
-NEED_MODEL = ("attention", "calibration", "profile")
+NEED_MODEL = ("attention", "calibration", "labels", "profile")
 BY_NAME = ("mutation",)  # too long to be run along with the others
 
 DESCRIPTION = """\
@@ -70,6 +72,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   scaling        two processes against one                                                 about 2 minutes
+  labels         labels of the data against drawn ones, by three seeds; needs --model       about 10 minutes for MiniLM
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
@@ -176,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="mutation: which mutants are drawn (default: 0)")
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
-        "--model", help="calibration, profile, and convergence: a real model, a folder or a name on the Hub"
+        "--model", help="calibration, labels, profile, and convergence: a real model, a folder or a name on the Hub"
     )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """A model and a task's data → statistics → ranks → factors → score → a saved folder: the flow, written once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,20 @@ from hf_lowrank.compression.search import search_smallest
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.facts import public_name, versions
-from hf_lowrank.folder.loading import load_as_saved, load_model, stored_dtype
+from hf_lowrank.folder.loading import load_as_saved, load_model, load_trained, stored_dtype
+from hf_lowrank.folder.reading import read_config
 from hf_lowrank.folder.saving import add_facts, save_compressed
-from hf_lowrank.folder.scores import with_score
+from hf_lowrank.folder.scores import with_divergence, with_score
 from hf_lowrank.jobs.checkpoint import MINUTES, Work
+from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.weights import model_digest
+from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.tasks import Task, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
+from hf_lowrank.tasks.task import Texts
+from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
+from hf_lowrank.training.divergence import Divergence, Reference
 from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits
 from hf_lowrank.training.limits import loss_limit, score_limit
 
@@ -42,6 +48,8 @@ class Pipeline:
         data_dir: a folder with train and validation files; None for the Hub's.
         name: what records call the model: a Hub name, or the last part of a folder's path.
         samples: training rows that statistics are measured on, chosen by `seed`, in batches of `batch_size`.
+        labels: whose labels statistics are by, "data" or "model"; None for the method's own, or those drawn from the
+            model where the task has none.
         dtype: in which weights are saved; None for that of the model in memory.
         device: where statistics are kept; None for beside the layers.
         work: where unfinished work is kept; None for nowhere (see `begin`).
@@ -51,6 +59,7 @@ class Pipeline:
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
     >>> pipeline.score()["score"]                                       # doctest: +SKIP
     >>> pipeline.save("./bert-stsb-small")                              # doctest: +SKIP
+    >>> unlabelled = Pipeline.load("./bert-stsb", texts="texts.txt")    # doctest: +SKIP
     """
 
     model: PreTrainedModel
@@ -61,6 +70,7 @@ class Pipeline:
     seed: int = 0
     samples: int = 512
     batch_size: int = 16
+    labels: str | None = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     work: Work | None = None
@@ -69,19 +79,37 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, name: str, task: str | Task | None = None, data_dir: str | Path | None = None, **options: Any
+        cls,
+        name: str,
+        task: str | Task | None = None,
+        data_dir: str | Path | None = None,
+        texts: str | Path | Sequence[Any] | None = None,
+        **options: Any,
     ) -> "Pipeline":
         """The model called `name`, a folder or a Hub name, with its tokenizer, for a task. `options` are those above.
 
-        Without a task it is what it was saved as, and only what needs no data can be done with it.
+        Without a task it is what it was saved as, and only what needs no data can be done with it. In place of a task
+        `texts` will do, without any label: a list of texts or of pairs, or a file of them (see `read_texts`).
 
         Raises:
-            LowRankError: an unknown task, no such model, or one that is not trained for the task.
+            LowRankError: an unknown task, no such model, or one that is not trained for the task; both task and texts.
         """
+        if texts is not None and (task is not None or data_dir is not None):
+            raise LowRankError("give a task and its data, or texts, not both")
         data_dir = None if data_dir is None else Path(data_dir)
         the_task = get_task(task, data_dir=data_dir) if isinstance(task, str) else task
+        if texts is not None:
+            the_task = task_of_texts(
+                name, read_texts(Path(texts)) if isinstance(texts, str | Path) else given_texts(texts)
+            )
         model, tokenizer = load_as_saved(name) if the_task is None else load_model(name, the_task)
         return cls(model, tokenizer, the_task, data_dir, public_name(name), dtype=stored_dtype(name), **options)
+
+    def labels_for(self, config: CompressionConfig) -> str:
+        """Whose labels statistics for `config` are by."""
+        if self.labels is None and self.task is not None and not self.task.has_labels:
+            return "model"
+        return self.labels or get_method(config.method).labels
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -112,7 +140,7 @@ class Pipeline:
         Raises:
             LowRankError: as `calibration_loader`.
         """
-        return self._rows(self.samples)
+        return self._rows(self.samples, self.labels)
 
     def check(self, config: CompressionConfig) -> None:
         """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
@@ -150,7 +178,7 @@ class Pipeline:
         Raises:
             LowRankError: as `Work.open`.
         """
-        known = {"task": self.task and self.task.name, "batch_size": self.batch_size}
+        known = {"task": self.task and self.task.name, "batch_size": self.batch_size, "labels": self.labels}
         key = {
             "model": model_digest(self.model),
             "data": data,
@@ -166,20 +194,28 @@ class Pipeline:
         Raises:
             LowRankError: as `compute_statistics`.
         """
-        return self.measure(config.needs, config.include, config.exclude) if config.needs else None
+        if not config.needs:
+            return None
+        return self.measure(config.needs, config.include, config.exclude, self.labels_for(config))
 
     def measure(
-        self, kinds: Sequence[str], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+        self,
+        kinds: Sequence[str],
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        labels: str | None = None,
     ) -> Statistics:
-        """Statistics of these kinds, measured on the calibration samples.
+        """Statistics of these kinds, measured on the calibration samples by these labels, or the pipeline's.
 
         Raises:
             LowRankError: as `compute_statistics`.
         """
+        whose = labels or self.labels or "data"
         return compute_statistics(
             self.model,
-            self.calibration,
+            self.calibration if whose == (self.labels or "data") else self._rows(self.samples, whose),
             kinds,
+            labels=whose,
             include=include,
             exclude=exclude,
             origin=self.origin,
@@ -195,7 +231,7 @@ class Pipeline:
         """
         if get_allocation(config.allocation or "").losses != "profile":
             return None
-        return profile_losses(self.model, config, statistics, self._rows(PROFILE_SAMPLES))
+        return profile_losses(self.model, config, statistics, self._rows(PROFILE_SAMPLES, "data"))
 
     def compress(
         self, config: CompressionConfig | None = None, statistics: Statistics | None = None, **settings: Any
@@ -260,6 +296,24 @@ class Pipeline:
         self.facts |= with_score(self.facts, "dense", figures["score"], self.scored_on)
         return figures
 
+    def divergence(self, dense: PreTrainedModel, model: PreTrainedModel | None = None) -> Divergence:
+        """How far the predictions of this model, or another, are from a dense one's, on all validation rows.
+
+        Raises:
+            LowRankError: they predict different things.
+        """
+        reference = Reference(dense, *self._reading, self.validation)
+        return reference.divergence(self.model if model is None else model)
+
+    def compare_saved(self, folder: str | Path, name: str) -> Divergence:
+        """How far the model saved in `folder` is from the one called `name` it was made from, noted in its record."""
+        task = self._reading[1]
+        found = self.divergence(load_trained(name, task), load_trained(str(folder), task))
+        noted = with_divergence(self.facts, "compressed", found.to_dict(), self.scored_on)
+        self.facts |= noted
+        add_facts(folder, **noted)
+        return found
+
     def score_saved(self, folder: str | Path) -> dict[str, float]:
         """As `score`, of the model loaded back from the folder it was saved in, and noted in its record and card."""
         _, task = self._reading
@@ -314,6 +368,17 @@ class Pipeline:
             raise LowRankError("there is no task to measure on: load the model for one")
         return self.tokenizer, self.task
 
-    def _rows(self, samples: int) -> DataLoader:
+    def _rows(self, samples: int, labels: str | None) -> DataLoader:
         tokenizer, task = self._reading
-        return calibration_loader(self.model, tokenizer, task, self.data_dir, samples, self.batch_size, self.seed)
+        rest = (self.data_dir, samples, self.batch_size, self.seed, labels or "data")
+        return calibration_loader(self.model, tokenizer, task, *rest)
+
+
+def task_of_texts(name: str, texts: Texts, max_length: int | None = None) -> Task:
+    """The task of reading texts with the model called `name`, cut at `max_length` tokens if that is given.
+
+    Raises:
+        LowRankError: no such model, or one that reads more than texts.
+    """
+    task = texts_task(texts, read_config(resolve(name)))
+    return replace(task, max_length=max_length, length_asked=True) if max_length else task

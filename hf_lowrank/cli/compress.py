@@ -11,14 +11,14 @@ from hf_lowrank.cli.app import command
 from hf_lowrank.cli.budgets import BudgetOptions, SearchOptions, SpreadOptions
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import (
-    CalibrationOptions,
-    DataOptions,
+    DataOrTexts,
     FactorOptions,
     JobOptions,
     JsonOption,
     LayerOptions,
     MethodOption,
     ModelArgument,
+    StatisticsCalibration,
     VerboseOption,
     refuse_taken,
 )
@@ -37,19 +37,25 @@ class CompressOptions:
 
     output: Annotated[Path, typer.Option(help="Where the compressed model goes.")]
     task: Annotated[
-        str | None, typer.Option(help=f"The task to measure on, not needed by --method svd: {', '.join(NAMES)}.")
+        str | None,
+        typer.Option(help=f"The task to measure on, not needed with --texts, or by --method svd: {', '.join(NAMES)}."),
     ] = None
     method: MethodOption = "kfac"
     budgets: BudgetOptions
     search: SearchOptions
     spread: SpreadOptions
     factors: FactorOptions
-    data: DataOptions
-    calibration: CalibrationOptions
+    data: DataOrTexts
+    calibration: StatisticsCalibration
     statistics: Annotated[Path | None, typer.Option(help="Use statistics saved by 'hf-lowrank statistics'.")] = None
     layers: LayerOptions
     score: Annotated[
-        bool, typer.Option("--evaluate", help="Score the model before and after, on the validation data.")
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Score the model before and after, and compare its predictions with the dense model's, on the "
+            "validation data (of --texts every tenth, which is not measured on).",
+        ),
     ] = False
     push_to_hub: Annotated[str | None, typer.Option(help="Publish it under this name; see 'hf-lowrank push'.")] = None
     job: JobOptions
@@ -70,14 +76,18 @@ class CompressOptions:
         """The task to measure on.
 
         Raises:
-            LowRankError: there is none, and something is to be measured; or as `get_task`.
+            LowRankError: there is none, and something is to be measured; or as `DataOrTexts.reading`.
         """
-        if self.task is not None:
-            return self.data.of_task(self.task)
-        measures = self.score or self.search.given or config.allocation == "knapsack"
+        task = self.data.reading(self.task)
+        needs_labels = self.search.given or config.allocation == "knapsack"
+        if self.data.texts is not None and needs_labels:
+            raise LowRankError("texts have no labels; budgets by score or loss, and knapsack, need a --task")
+        if task is not None or self.data.texts is not None:
+            return task
+        measures = self.score or needs_labels
         if config.needs or measures:
             raise LowRankError(
-                f"compress needs a --task to measure on{'' if measures else f' by the method {self.method}'}"
+                f"compress needs a --task or --texts to measure on{'' if measures else f' by the method {self.method}'}"
             )
         return None
 
@@ -87,6 +97,8 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     """Compress a fine-tuned model and save it as a folder that from_pretrained loads.
 
     Example: hf-lowrank compress ./bert-stsb --task stsb --rank-ratio 0.2 --output ./bert-stsb-lowrank
+
+    Without labelled data: hf-lowrank compress ./bert-stsb --texts texts.txt --output ./bert-stsb-lowrank
 
     Budgets: --rank-ratio, --keep, --keep-model, --params, --flops or --latency says how small; --keep-score or
     --max-loss-increase searches for the smallest model that is still good enough.
@@ -101,7 +113,8 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     from hf_lowrank.cli.work import claim, refuse_output
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
 
-    claim(context, given.output, model, given.data.data_dir, given.statistics)
+    claim(context, given.output, model, given.data.data_dir, given.data.texts, given.statistics)
+    task = task or given.data.of_texts(model)
     replace = refuse_output(given.output, given.job.resume, given.job.overwrite)
     if given.push_to_hub is not None:
         refuse_without_token()  # before the work, not after it
@@ -110,7 +123,9 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
         return
     pipeline.save(given.output, replace)
     if given.score:
-        pipeline.score_saved(given.output)
+        if pipeline.task is not None and pipeline.task.has_labels:
+            pipeline.score_saved(given.output)
+        pipeline.compare_saved(given.output, model)
     pipeline.finish()
     if given.push_to_hub is not None:
         pipeline.facts["address"] = push_folder(given.output, given.push_to_hub)
@@ -126,13 +141,16 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
 
     memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
+    pipeline.labels = pipeline.labels_for(config)
     pipeline.check(config)
     pipeline.facts["memory"] = memory
-    if given.score:
+    if given.score and task is not None and task.has_labels:
         pipeline.score_dense()
     measured, data = None, None
     if given.statistics is not None:
         measured = Statistics.load(given.statistics) if config.needs else None
+        if measured is not None and given.calibration.labels is not None:
+            measured.check_labels(given.calibration.labels)
         data = content_digest(given.statistics)
     elif config.needs:
         data = pipeline.calibration_digest()
@@ -146,17 +164,21 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
 
 def _show(pipeline: "Pipeline", given: CompressOptions, seconds: float) -> None:
     """What became of the model."""
+    from hf_lowrank.training.divergence import Divergence
+
     report, facts = pipeline.report, pipeline.facts
     assert report is not None
     if given.as_json:
         return print_json({**facts, "output": str(given.output), **report.to_dict()})
     console.print(report if given.verbose else report.summary(), highlight=False)
-    if given.score and pipeline.task is not None:
+    if "score_compressed" in facts and pipeline.task is not None:
         before = "given" if "score_given" in facts else "dense"
         console.print(
             f"{pipeline.task.score} {facts[f'score_{before}']:.2f} {before} → "
             f"{facts['score_compressed']:.2f} compressed"
         )
+    if given.score:
+        console.print(Divergence.from_dict(facts["divergence"]["compressed"]), highlight=False)
     if given.push_to_hub is not None:
         console.print(f"pushed to {given.push_to_hub}: {facts['address']}", highlight=False)
     console.print(f"saved to {given.output} after {seconds:.0f} s", highlight=False)

@@ -1,42 +1,76 @@
 """hf-lowrank evaluate: a model's score on a task."""
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from hf_lowrank.cli.app import command
 from hf_lowrank.cli.console import console, print_json
-from hf_lowrank.cli.options import BatchOption, DataOptions, JsonOption, ModelArgument, TaskOption
+from hf_lowrank.cli.options import BatchOption, DataOrTexts, JsonOption, ModelArgument
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.tasks.table import NAMES
 
 
 @command("evaluate")
 def evaluate_command(
     model: ModelArgument,
-    task: TaskOption,
-    data: DataOptions,
+    data: DataOrTexts,
+    task: Annotated[str | None, typer.Option(help=f"The task, not needed with --texts: {', '.join(NAMES)}.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model it was made from: how far predictions are from its own.")
+    ] = None,
     batch_size: BatchOption = 32,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a model, dense or compressed, on a task's whole validation data."""
-    the_task = data.of_task(task)
+    """Score a model, dense or compressed, on a task's whole validation data; or compare it with the dense one.
+
+    Example: hf-lowrank evaluate ./bert-stsb-lowrank --task stsb --against ./bert-stsb
+    """
+    named = data.reading(task)
+    if named is None and (data.texts is None or against is None):
+        raise LowRankError(
+            "evaluate needs a --task to score on, or --texts and --against to compare with a dense model"
+        )
 
     from accelerate import PartialState
 
-    from hf_lowrank.folder.loading import load_model
-    from hf_lowrank.tasks.labels import label_mapping
-    from hf_lowrank.training.evaluate import evaluate_described
+    chosen: Any = named or data.of_texts(against or model)
+    facts = _measured(model, chosen, data, against, batch_size)
+    if PartialState().is_main_process:
+        print_json(facts) if as_json else _show(facts, chosen.score)
 
-    loaded, tokenizer = load_model(model, the_task)
-    result, scored_on = evaluate_described(loaded, tokenizer, the_task, data.data_dir, batch_size)
-    if not PartialState().is_main_process:
-        return
-    facts: dict[str, Any] = {"model": model, "task": the_task.name, "parameters": loaded.num_parameters()}
-    if as_json:
-        return print_json({**facts, "scored_on": scored_on, "labels": label_mapping(the_task, loaded.config), **result})
-    table = Table("metric", "value", box=None, title=f"{model} on {the_task.name}, {facts['parameters']:,} parameters")
-    for key, value in result.items():
-        if key not in ("score", "degenerate"):
-            table.add_row(key, f"{value:.2f} (score)" if key == the_task.score else f"{value:.4g}")
+
+def _measured(model: str, task: Any, data: DataOrTexts, against: str | None, batch_size: int) -> dict[str, Any]:
+    """Everything that is known of the model by the task's validation data, as plain values."""
+    from hf_lowrank.folder.loading import load_model, load_trained
+    from hf_lowrank.tasks import described, label_mapping, load_validation
+    from hf_lowrank.training.divergence import Reference
+    from hf_lowrank.training.evaluate import evaluate_splits
+
+    loaded, tokenizer = load_model(model, task)
+    validation = load_validation(task, data.data_dir, tokenizer, loaded.config)
+    facts = {"model": model, "task": task.name, "parameters": loaded.num_parameters()}
+    facts |= {"scored_on": described(validation, task, data.data_dir), "labels": label_mapping(task, loaded.config)}
+    if task.has_labels:
+        facts |= evaluate_splits(loaded, tokenizer, task, validation, batch_size)
+    if against is not None:
+        reference = Reference(load_trained(against, task), tokenizer, task, validation, batch_size)
+        facts |= {"against": against, "divergence": reference.divergence(loaded).to_dict()}
+    return facts
+
+
+def _show(facts: dict[str, Any], score: str) -> None:
+    """The figures as a table; of the metrics the one that counts is marked."""
+    title = f"{facts['model']} on {facts['task']}, {facts['parameters']:,} parameters"
+    table = Table("metric", "value", box=None, title=title)
+    for key, value in facts.items():
+        if isinstance(value, float) and key not in ("score", "degenerate"):
+            table.add_row(key, f"{value:.2f} (score)" if key == score else f"{value:.4g}")
+    if found := facts.get("divergence"):
+        table.add_row(found["measure"], f"{found['mean']:.4g} ± {found['standard_error']:.2g}")
+        if "cosine" in found:
+            table.add_row("cosine with dense", f"{found['cosine']:.4f}")
     console.print(table)
-    if result.get("degenerate"):
+    if facts.get("degenerate"):
         console.print("warning: every prediction is the same; the model has collapsed")

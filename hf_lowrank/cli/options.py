@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_lowrank.cli.family import print_methods_for_help
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.solvers.family import COMPARED, METHODS, OPTIMIZER_NAMES, get_method
+from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.tasks.table import NAMES, get_task
 
 if TYPE_CHECKING:
@@ -47,6 +49,17 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the table o
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
 
 
+def checked_labels(given: str | None) -> str | None:
+    """The value of --labels.
+
+    Raises:
+        LowRankError: there are no such labels.
+    """
+    if given not in (None, *LABELS):
+        raise LowRankError(f"unknown labels {given!r}; there are {', '.join(LABELS)}")
+    return given
+
+
 @dataclass(frozen=True)
 class FactorOptions:
     """How factors are found and stored: the fields of `CompressionConfig` of these names."""
@@ -69,7 +82,9 @@ class DataOptions:
     ] = None
     text_column: Annotated[
         list[str] | None,
-        typer.Option("--text-column", help="Column with the text; twice for pairs. For --task custom, or to rename."),
+        typer.Option(
+            "--text-column", help="Column with the text; twice for pairs. For --texts, --task custom, or to rename."
+        ),
     ] = None
     label_column: Annotated[
         str | None,
@@ -90,12 +105,62 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class DataOrTexts(DataOptions):
+    """As `DataOptions`, or texts without labels in place of a task."""
+
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a task, texts without labels: a .txt file with one a line, or a column of a jsonl, csv or "
+            "parquet file."
+        ),
+    ] = None
+
+    def reading(self, task: str | None) -> "Task | None":
+        """The task of that name; None where there is none, or texts in its place.
+
+        Raises:
+            LowRankError: both were given; or as `get_task`.
+        """
+        if self.texts is not None and (task is not None or self.data_dir is not None):
+            raise LowRankError("give --task (and --data-dir) or --texts, not both")
+        return None if task is None else self.of_task(task)
+
+    def of_texts(self, model: str) -> "Task | None":
+        """The task of reading the texts, if there are any, with the model called `model`.
+
+        Raises:
+            LowRankError: as `read_texts` and `texts_task`.
+        """
+        if self.texts is None:
+            return None
+        from hf_lowrank.pipeline import task_of_texts
+        from hf_lowrank.tasks.texts import read_texts
+
+        return task_of_texts(model, read_texts(self.texts, self.text_column or ()), self.max_length)
+
+
+@dataclass(frozen=True)
 class CalibrationOptions:
     """What statistics are measured on: the fields of `Pipeline` of these names."""
 
     samples: Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")] = 512
     batch_size: BatchOption = 16
     seed: Annotated[int, typer.Option(help="Which training samples are chosen.")] = 0
+
+
+@dataclass(frozen=True)
+class StatisticsCalibration(CalibrationOptions):
+    """As `CalibrationOptions`, and whose labels statistics are by."""
+
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose labels statistics are by: 'data', or 'model' for labels drawn from the model's own "
+            "predictions, for which the data need none. Default: the method's own.",
+            callback=checked_labels,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from hf_lowrank.cli.app import command
 from hf_lowrank.cli.budgets import AlignOption
 from hf_lowrank.cli.console import console, print_json
 from hf_lowrank.cli.options import (
-    CalibrationOptions,
     DataOptions,
     FormOption,
     JsonOption,
     LayerOptions,
     MethodsOption,
     ModelArgument,
+    StatisticsCalibration,
     TaskOption,
     chosen_methods,
 )
@@ -45,7 +45,7 @@ class SweepOptions:
     form: FormOption = "factors"
     layers: LayerOptions
     data: DataOptions
-    calibration: CalibrationOptions
+    calibration: StatisticsCalibration
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Forget the results in the output folder and begin anew.")
     ] = False

@@ -90,7 +90,7 @@ def compress(
     layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
     described = {}
     if statistics is not None and config.needs:
-        described = {"samples": statistics.samples, "origin": statistics.origin}
+        described = {"samples": statistics.samples, "labels": statistics.labels, "origin": statistics.origin}
     seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
     rest = tuple(kept_report(name, layer) for name, layer in factorized_layers(model).items() if name not in layers)
     report = CompressionReport(

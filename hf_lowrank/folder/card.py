@@ -239,11 +239,23 @@ def _rows(record: Record) -> list[list[str]]:
     scores = {kind: record.get(f"score_{kind}") if comparable(record, kind, last) else None for kind in KINDS}
     rows = [
         [metric, *(_number(scores[kind], "{:.2f}") for kind in KINDS)],
+        *_divergences(record),
         ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})", f"{after:,}"],
         ["weights on disk (MB)", *(_number(value, "{:.1f}", 1e6) for value in (base.get("weights_bytes"), size, size))],
         ["latency (ms)", *(_number(latency.get(kind), "{:.3g}") for kind in ("dense", "compressed", "compressed"))],
     ]
     return [row[: 1 + len(_columns(record))] for row in rows if any(row[1:])]
+
+
+def _divergences(record: Record) -> list[list[str]]:
+    """How far predictions are from the dense model's, where that was measured."""
+    known: dict[str, Record] = record.get("divergence", {})
+    measures = dict.fromkeys(each["measure"] for each in known.values())
+    texts = {kind: f"{each['mean']:.4g} ± {each['standard_error']:.2g}" for kind, each in known.items()}
+    return [
+        [measure, *(texts[kind] if kind in known and known[kind]["measure"] == measure else "" for kind in KINDS)]
+        for measure in measures
+    ]
 
 
 def _scored_on(record: Record) -> Record | None:

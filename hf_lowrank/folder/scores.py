@@ -16,6 +16,11 @@ def with_score(record: Record, kind: str, score: float, data: Record) -> Record:
     return {f"score_{kind}": score, "scored_on": {**record.get("scored_on", {}), kind: data}}
 
 
+def with_divergence(record: Record, kind: str, divergence: Record, data: Record) -> Record:
+    """The facts that note how far a model's predictions are from dense (`Divergence`), and the validation data."""
+    return {"divergence": {**record.get("divergence", {}), kind: {**divergence, "digest": data["digest"]}}}
+
+
 def last_score(record: Record) -> str | None:
     """The kind of the score that was measured last; None where there is none."""
     return next((kind for kind in reversed(KINDS) if record.get(f"score_{kind}") is not None), None)

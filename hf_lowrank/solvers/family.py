@@ -23,7 +23,8 @@ class Method:
 
     `allocation` is how ranks are spread over layers unless said otherwise. Errors `in_loss_units` are twice the
     expected increase of the loss, so that layers can be compared; others are brought to that unit by `loss_per_error`.
-    A method that `iterates` has no closed form, and a choice of optimizers.
+    A method that `iterates` has no closed form, and a choice of optimizers. `labels` says whose labels its statistics
+    are by unless said otherwise: "data", as the papers' are, or "model" (see `compute_statistics`).
     """
 
     name: str
@@ -33,6 +34,7 @@ class Method:
     allocation: str = "uniform"
     in_loss_units: bool = False
     iterates: bool = False
+    labels: str = "data"
 
     def needs_for(self, losses: bool) -> tuple[str, ...]:
         """The statistics that the method needs; with `losses`, also to say what loss an error means."""

@@ -15,8 +15,8 @@ from hf_lowrank.statistics.container import Statistics
 class Checkpoints:
     """Where a measurement goes on: after the passes that are finished, within the one that is not."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, work: Work, labels: str = "data") -> None:
+        self.work, self.labels = work, labels
         self.number = 1  # of the pass at hand
         state = PartialState()
         self.name = f"process-{state.process_index}-of-{state.num_processes}"
@@ -25,13 +25,14 @@ class Checkpoints:
         """The statistics of the last finished pass, and its number, 0 if there is none.
 
         Raises:
-            LowRankError: they are damaged.
+            LowRankError: they are damaged, or by other labels.
         """
         number = on_main(lambda: max((self._number(path) for path in self.work.folder.glob("statistics-*")), default=0))
         self.number = number + 1
         if number == 0:
             return None, 0
         in_memory = copy.deepcopy(Statistics.load(self._folder(number)))  # the next pass removes the files
+        in_memory.check_labels(self.labels)
         return in_memory, number
 
     @property

@@ -25,16 +25,8 @@ from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
 from hf_lowrank.statistics.kinds import KINDS, accumulate, completed, sum_shape
 from hf_lowrank.statistics.kronecker import RISE, rise
-from hf_lowrank.statistics.losses import (
-    NotSeparable,
-    SampleLosses,
-    curvature_per_fisher,
-    is_regression,
-    label_count,
-    labelled,
-    own_loss,
-    sample_losses,
-)
+from hf_lowrank.statistics.labels import Labels, Losses, labels_of
+from hf_lowrank.statistics.losses import NotSeparable, is_regression
 from hf_lowrank.statistics.names import ALTERNATING, check_kinds, passes
 from hf_lowrank.statistics.shared import InputSums
 
@@ -81,6 +73,7 @@ def compute_statistics(
     device: torch.device | str | None = None,
     work: Work | None = None,
     split: Split | None = None,
+    labels: str | Labels = "data",
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
@@ -106,6 +99,10 @@ def compute_statistics(
         split: what makes of a batch one batch for each of its samples, which are then run alone. For models whose
             inputs are not one entry for each sample, such as the patches of several images in a row; batches of single
             samples need none.
+        labels: "data" for those of the batches, or "model" for labels drawn from the model's own prediction: then
+            batches need none, and any output can be measured (see `ModelLabels`, which may be given itself). Under
+            several processes a process's samples are taken to be every so many of all, as `calibration_loader` deals
+            them: with others the draws are as random, but not those of one process.
 
     A model wrapped in DistributedDataParallel is taken out of it. One sharded by FSDP2 is measured as it is, all
     processes going step by step; it cannot be resumed.
@@ -121,14 +118,15 @@ def compute_statistics(
     targets = find_targets(model, include, exclude)
     check_weights(targets)
     _refuse_embeddings(targets, kinds)
-    plan = passes(kinds)
-    checkpoints = None if work is None else Checkpoints(work)
+    plan, source = passes(kinds), labels_of(labels, (origin or {}).get("seed", 0))
+    checkpoints = None if work is None else Checkpoints(work, source.origin)
     measured, done = (None, 0) if checkpoints is None else checkpoints.finished()
     for number, part in list(enumerate(plan, 1))[done:]:
         if measured is not None and _settled(measured):
             break
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
-        run = _Pass(model, targets, part, measured, None if device is None else torch.device(device), split)
+        place = None if device is None else torch.device(device)
+        run = _Pass(model, targets, part, measured, place, split, source)
         together = nullcontext() if run.sharded else shared_errors()  # sharded models go step by step
         shown_by = bar(title, _length(loader), "samples", progress)
         with shown_by as shown, measuring(model, targets, run.recorder), together:
@@ -199,15 +197,17 @@ class _Pass:
         kinds: Sequence[str],
         given: Statistics | None,
         device: torch.device | None,
-        split: Split | None = None,
+        split: Split | None,
+        labels: Labels,
     ) -> None:
         self.model, self.targets, self.given, self.device, self.split = model, targets, given, device, split
+        self.source = labels
         self.kinds = [kind for kind in kinds if not KINDS[kind].of_input]
         of_input = [kind for kind in kinds if KINDS[kind].of_input]
         self.shared = InputSums(of_input, targets, device) if of_input else None
         self.contexts: dict[tuple[str, str], Any] = {}
-        # Decided on the first batch with two samples; own_loss means one sample at a time, as until then.
-        self.losses: SampleLosses | None = own_loss if split is not None else None
+        # Whether batches are run at once: decided on the first one with two samples, and not done until then.
+        self.together: bool | None = False if split is not None else None
         self.sums = self._empty(self.kinds)
         self.seen = self.samples = self.tokens = self.labels = self.batches = 0
         self.loss, self.regression = 0.0, False
@@ -225,7 +225,7 @@ class _Pass:
             self.idle = not counts or step >= len(parts)
             part = parts[step] if step < len(parts) else self._any_sample(batch)
             try:
-                self._backward(part, self.losses or own_loss)
+                self._backward(part, self.source.together if self.together else self.source.alone)
             except NotSeparable:
                 raise LowRankError(
                     f"{type(self.model).__name__}: the samples of a batch cannot be told apart, though those of an "
@@ -242,12 +242,12 @@ class _Pass:
         """What of a batch is run at once, all of it or single samples, without those that have no label; its size."""
         if self.split is not None:
             alone = [_Part(sample, [self.seen + n]) for n, sample in enumerate(self.split(batch))]
-            return [part for part in alone if labelled(self.model, part.batch)], len(alone)
-        known = labelled(self.model, batch)
-        if self.losses is None:
-            self.losses = self._choose_losses(batch, known)
+            return [part for part in alone if self.source.known(self.model, part.batch)], len(alone)
+        known = self.source.known(self.model, batch)
+        if self.together is None:
+            self.together = self._can_run_together(batch, known)
         together = [known] if known else []
-        groups = together if self.losses is sample_losses else [[n] for n in known]
+        groups = together if self.together else [[n] for n in known]
         return [self._part(batch, numbers) for numbers in groups], batch_size(batch)
 
     def _part(self, batch: Batch, samples: list[int]) -> "_Part":
@@ -259,19 +259,28 @@ class _Pass:
 
     def _count(self, part: "_Part") -> None:
         self.samples += len(part.numbers)
-        self.labels += label_count(self.model, part.batch, len(part.numbers))
+        self.labels += self.source.count(self.model, part.batch, len(part.numbers))
         self.tokens += int(part.batch["attention_mask"].sum()) if "attention_mask" in part.batch else 0
 
     def state(self) -> Result:
         """Everything that has been found out, between two batches."""
         tensors = {f"sum/{kind}/{name}": total for kind, sums in self.sums.items() for name, total in sums.items()}
         cells, members = self.shared.state() if self.shared is not None else ({}, [])
-        together = None if self.losses is None else self.losses is sample_losses
-        facts = {name: getattr(self, name) for name in COUNTED} | {"together": together}
+        facts = {name: getattr(self, name) for name in COUNTED} | {"together": self.together}
+        facts["whose"] = self.source.origin
         return tensors | {f"cell/{key}": total for key, total in cells.items()}, facts | {"members": members}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`.
+
+        Raises:
+            LowRankError: it is by other labels.
+        """
+        if facts["whose"] != self.source.origin:
+            raise LowRankError(
+                f"the unfinished statistics are by the labels of the {facts['whose']}, not of the "
+                f"{self.source.origin}; resume them with their own, or start again with --overwrite"
+            )
         for kind, sums in self.sums.items():
             for name, total in sums.items():
                 total.copy_(tensors[f"sum/{kind}/{name}"])
@@ -280,8 +289,7 @@ class _Pass:
             self.shared.restore(cells, facts["members"])
         for name in COUNTED:
             setattr(self, name, facts[name])
-        if facts["together"] is not None:
-            self.losses = sample_losses if facts["together"] else own_loss
+        self.together = facts["together"]
 
     def read(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
         """Add one input's share of a batch to what inputs alone decide (see `Recorder`)."""
@@ -323,15 +331,15 @@ class _Pass:
         weights = {name: digest(module) for name, module in self.targets.items()}
         samples, tokens, labels, _ = counts.tolist()
         regression = any(from_everyone(self.regression))  # a process without samples cannot know
-        curvature = curvature_per_fisher(regression, loss / samples, labels / samples)
-        return Statistics(self.sums | shared, samples, tokens, weights, origin, curvature)
+        curvature = self.source.curvature(regression, loss / samples, labels / samples)
+        return Statistics(self.sums | shared, samples, tokens, weights, origin, curvature, self.source.origin)
 
-    def _backward(self, part: "_Part", losses_of: SampleLosses) -> None:
+    def _backward(self, part: "_Part", losses_of: Losses) -> None:
         """Deliver every layer's share of some samples."""
         self.recorder.begin_batch(len(part.numbers))
         self.finite.clear()
         with torch.enable_grad():
-            losses = losses_of(self.model, part.batch)
+            losses = losses_of(self.model, part.batch, [_everywhere(number) for number in part.numbers])
             if not self.idle:
                 _check_finite({"the loss": torch.isfinite(losses)}, part.numbers)
             losses.sum().backward()
@@ -342,28 +350,25 @@ class _Pass:
         gradients = {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
         _check_finite(gradients, part.numbers)
 
-    def _choose_losses(self, batch: Batch, samples: list[int]) -> SampleLosses | None:
-        """`sample_losses` if two of these together give what the model's own loss gives alone, else `own_loss`.
-
-        None where there are no two.
-        """
+    def _can_run_together(self, batch: Batch, samples: list[int]) -> bool | None:
+        """Whether the losses of two of these together are those of each alone. None where there are no two."""
         if min(self._everyone(len(samples))) < 2:
             return None
-        expected = self._probe([self._part(batch, [n]) for n in samples[:2]], own_loss)
+        expected = self._probe([self._part(batch, [n]) for n in samples[:2]], self.source.alone)
         try:
-            fast = self._probe([self._part(batch, samples[:2])], sample_losses)
+            fast = self._probe([self._part(batch, samples[:2])], self.source.together)
         except Exception:  # what each sample alone did well: batches are not for this model
             agree = False
         else:
             allowed = AGREEMENT.get(self.model.dtype, HALF_PRECISION_AGREEMENT)
             agree = all(_difference(fast[name], expected[name]) <= allowed for name in self.targets)
-        return sample_losses if all(self._everyone(agree)) else own_loss
+        return all(self._everyone(agree))
 
     def _everyone(self, value: Any) -> list[Any]:
         """That of all processes, where they must go in step."""
         return from_everyone(value) if self.sharded else [value]
 
-    def _probe(self, parts: list["_Part"], losses_of: SampleLosses) -> dict[str, Tensor]:
+    def _probe(self, parts: list["_Part"], losses_of: Losses) -> dict[str, Tensor]:
         """The row Fisher of every layer over a few samples, leaving the sums alone."""
         kept = self.kinds, self.sums
         self.kinds, self.sums, self.probing = ["fisher_rows"], self._empty(["fisher_rows"]), True
@@ -399,6 +404,12 @@ def lockstep(loader: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         last = last if batch is None else batch
         assert last is not None
         yield last, batch is not None
+
+
+def _everywhere(number: int) -> int:
+    """The number, over all processes, of a sample that is the process's own of that number, if they were dealt out."""
+    state = PartialState()
+    return number * state.num_processes + state.process_index
 
 
 def _check_finite(finite: dict[str, Tensor], numbers: list[int]) -> None:

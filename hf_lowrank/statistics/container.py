@@ -1,6 +1,6 @@
 """Statistics of a model's layers that know their unit, their sample count and where they come from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Statistics:
         origin: in plain words which model, task, data and seed that was.
         curvature: what the Fisher information is multiplied by to be the curvature of the mean loss (see
             `curvature_per_fisher`).
+        labels: whose labels the losses are by, "data" or "model" (see `compute_statistics`).
     """
 
     sums: dict[str, dict[str, Tensor]]
@@ -41,6 +42,7 @@ class Statistics:
     weights: dict[str, str]
     origin: dict[str, Any] = field(default_factory=dict)
     curvature: float = 1.0
+    labels: str = "data"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -48,8 +50,25 @@ class Statistics:
         return tuple(self.sums)
 
     def joined(self, other: "Statistics") -> "Statistics":
-        """These and the kinds of `other`, which was measured on the same samples."""
-        return Statistics(self.sums | other.sums, self.samples, self.tokens, self.weights, self.origin, self.curvature)
+        """These and the kinds of `other`, which was measured on the same samples.
+
+        Raises:
+            LowRankError: they are by other labels.
+        """
+        self.check_labels(other.labels)
+        return replace(self, sums=self.sums | other.sums)
+
+    def check_labels(self, labels: str) -> None:
+        """Raise unless the losses were by these labels.
+
+        Raises:
+            LowRankError: they were by others.
+        """
+        if self.labels != labels:
+            raise LowRankError(
+                f"these statistics were measured with the labels of the {self.labels}, not of the {labels}; "
+                "measure them again"
+            )
 
     def has(self, kind: str) -> bool:
         """Whether `mean` can answer for a kind."""
@@ -149,7 +168,9 @@ class Statistics:
         for key, tensor in flat.items():
             kind, _, name = key.partition("/")
             sums.setdefault(kind, {})[name] = tensor
-        return cls(sums, record["samples"], record["tokens"], record["weights"], record["origin"], record["curvature"])
+        counts = record["samples"], record["tokens"]
+        of = record["weights"], record["origin"], record["curvature"], record.get("labels", "data")
+        return cls(sums, *counts, *of)
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -158,6 +179,7 @@ class Statistics:
             "samples": self.samples,
             "tokens": self.tokens,
             "curvature": self.curvature,
+            "labels": self.labels,
             "origin": self.origin,
             "weights": self.weights,
         }

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.predictions import IGNORED, UNKNOWN, is_causal
 from hf_lowrank.statistics.batches import Batch, batch_size
 
 SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
-
-IGNORED = -100
 
 
 class NotSeparable(Exception):
@@ -48,18 +46,24 @@ def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
         raise NotSeparable
     logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
     if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:
-        return _token_losses(logits[:, :-1], labels[:, 1:]) if _is_causal(model) else _token_losses(logits, labels)
+        return _token_losses(logits[:, :-1], labels[:, 1:]) if is_causal(model) else _token_losses(logits, labels)
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels):
         return _sequence_losses(logits, labels, getattr(model.config, "problem_type", None))
     raise NotSeparable
 
 
 def labelled(model: PreTrainedModel, batch: Batch) -> list[int]:
-    """The samples of a batch that have a label at all: a text of one token has none for a causal language model."""
+    """The samples of a batch that have a label at all: a text of one token has none for a causal language model.
+
+    Raises:
+        LowRankError: their labels are not known (see `UNKNOWN`).
+    """
     labels = batch.get("labels")
+    if isinstance(labels, Tensor) and bool((labels.isnan() if labels.is_floating_point() else labels == UNKNOWN).any()):
+        raise LowRankError("these texts have no labels; take labels drawn from the model")
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
         return list(range(batch_size(batch)))
-    known = (labels[:, 1:] if _is_causal(model) and labels.ndim > 1 else labels) != IGNORED
+    known = (labels[:, 1:] if is_causal(model) and labels.ndim > 1 else labels) != IGNORED
     return known.flatten(1).any(dim=1).nonzero()[:, 0].tolist() if labels.ndim > 1 else known.nonzero()[:, 0].tolist()
 
 
@@ -73,7 +77,7 @@ def label_count(model: PreTrainedModel, batch: Batch, samples: int) -> int:
         return samples
     if labels.is_floating_point():
         return labels.numel() if labels.shape[1] == getattr(model.config, "num_labels", None) else samples
-    return int(((labels[:, 1:] if _is_causal(model) else labels) != IGNORED).sum())
+    return int(((labels[:, 1:] if is_causal(model) else labels) != IGNORED).sum())
 
 
 def is_regression(model: PreTrainedModel, batch: Batch) -> bool:
@@ -95,10 +99,6 @@ def curvature_per_fisher(regression: bool, loss: float, labels: float) -> float:
     if regression:
         return labels / (2 * loss) if loss > 0 else 1.0
     return labels
-
-
-def _is_causal(model: PreTrainedModel) -> bool:
-    return model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # a low-rank class has its base's name
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:

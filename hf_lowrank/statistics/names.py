@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from hf_lowrank.errors import LowRankError
 
+LABELS = ("data", "model")  # whose labels the losses of samples are by
+
 # kind → the kinds that it is measured with, which an earlier pass over the data has measured
 KIND_NEEDS: dict[str, tuple[str, ...]] = {
     "fisher": (),

@@ -29,10 +29,12 @@ from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.studies.sweep_settings import SweepConfig
 from hf_lowrank.tasks import Task, collator, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import content_digest
+from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import predict_rows, score_predictions
 from hf_lowrank.training.finetune import finetune
 
@@ -83,7 +85,8 @@ def forget(folder: Path) -> None:
     """Remove the results and statistics of a sweep, and nothing else, so that one of other settings can begin."""
     for name in (SETTINGS, RESULTS):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / STATISTICS, ignore_errors=True)
+    for labels in LABELS:
+        shutil.rmtree(folder / _folder_of(labels), ignore_errors=True)
 
 
 def read_results(folder: Path) -> list[Record]:
@@ -121,7 +124,8 @@ class _Bench:
         self.model, self.tokenizer, self.task, self.data_dir = model, tokenizer, task, data_dir
         self.config, self.folder, self.validation = config, folder, validation
         self._claim(origin)
-        self.statistics = self._statistics(origin)
+        self.reference_outputs = Reference(model, tokenizer, task, validation)
+        self.statistics = {labels: self._statistics(origin, labels) for labels in map(config.labels_of, config.runs())}
         rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
         self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))
 
@@ -146,9 +150,7 @@ class _Bench:
         started = time.perf_counter()
         try:
             profile = self._profile(run)
-            low_rank, report = compress(
-                copy.deepcopy(self.model), run, self.statistics, progress=False, profile=profile
-            )
+            low_rank, report = compress(copy.deepcopy(self.model), run, self._of(run), progress=False, profile=profile)
         except ImpossibleBudget as error:
             return named | {"impossible": str(error)}
         record = named | {
@@ -157,6 +159,8 @@ class _Bench:
             "expected_loss": report.expected_loss,
             "seconds": time.perf_counter() - started,
             **self._measure(low_rank),
+            "divergence": self.reference_outputs.divergence(low_rank, progress=False).to_dict(),
+            "labels": self.config.labels_of(run) if run.needs else None,
             "calibration_loss": self._calibration_loss(low_rank),
             "relative_latency": self._relative_latency(low_rank),
             "ranks": {layer.name: layer.rank for layer in report.layers},
@@ -198,7 +202,7 @@ class _Bench:
 
     def _claim(self, origin: dict[str, Any]) -> None:
         """Note what the folder's results are of, or raise where that is something else."""
-        fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form")
+        fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form", "labels")
         rows = sys.maxsize if self.config.epochs else self.config.samples
         settings = {
             "task": self.task.name,
@@ -219,20 +223,26 @@ class _Bench:
                 "folder or pass --overwrite"
             )
 
-    def _statistics(self, origin: dict[str, Any]) -> Statistics | None:
-        """What all methods of the sweep need, measured once and kept in the folder."""
-        needs = list(dict.fromkeys(need for run in self.config.runs() for need in run.needs))
-        path = self.folder / STATISTICS
+    def _of(self, run: CompressionConfig) -> Statistics | None:
+        """The statistics for a run."""
+        return self.statistics[self.config.labels_of(run)]
+
+    def _statistics(self, origin: dict[str, Any], labels: str) -> Statistics | None:
+        """What all methods of the sweep by these labels need, measured once and kept in the folder."""
+        runs = [run for run in self.config.runs() if self.config.labels_of(run) == labels]
+        needs = list(dict.fromkeys(need for run in runs for need in run.needs))
+        path = self.folder / _folder_of(labels)
         saved = Statistics.load(path) if path.is_dir() else None
         if not needs or (saved is not None and all(saved.has(kind) for kind in needs)):
             return saved
         measured = compute_statistics(
             self.model,
-            self._loader(self.config.samples),
+            self._loader(self.config.samples, labels),
             [*needs, *(saved.kinds if saved else ())],
             include=self.config.include,
             exclude=self.config.exclude,
             origin=origin,
+            labels=labels,
         )
         measured.save(path, overwrite=True)
         return measured
@@ -242,13 +252,16 @@ class _Bench:
             return None
         path = self.folder / f"profile-{run.method}.json"
         if not path.is_file():
-            write_json(path, profile_losses(self.model, run, self.statistics, self._loader(PROFILE_SAMPLES)))
+            write_json(path, profile_losses(self.model, run, self._of(run), self._loader(PROFILE_SAMPLES)))
         return {name: {int(rank): loss for rank, loss in by_rank.items()} for name, by_rank in read_json(path).items()}
 
-    def _loader(self, samples: int) -> DataLoader:
-        return calibration_loader(
-            self.model, self.tokenizer, self.task, self.data_dir, samples, self.config.batch_size, self.config.seed
-        )
+    def _loader(self, samples: int, labels: str = "data") -> DataLoader:
+        rest = (self.data_dir, samples, self.config.batch_size, self.config.seed, labels)
+        return calibration_loader(self.model, self.tokenizer, self.task, *rest)
+
+
+def _folder_of(labels: str) -> str:
+    return STATISTICS if labels == "data" else f"{STATISTICS}-{labels}"
 
 
 def _append(folder: Path, record: Record) -> None:

@@ -9,6 +9,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.solvers.family import COMPARED, get_method
+from hf_lowrank.statistics.names import LABELS
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SweepConfig:
         budget: a key of `BUDGETS`, `values` its values.
         epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
         samples: training rows that statistics are measured on, chosen by `seed`.
+        labels: whose labels statistics are by, "data" or "model"; None for each method's own.
         include: as in `CompressionConfig`, of all models alike; so are `exclude`, `align` and `form`.
 
     Raises:
@@ -40,6 +42,7 @@ class SweepConfig:
     align: int | None = None
     form: str = "factors"
     batch_size: int = 16
+    labels: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -51,7 +54,13 @@ class SweepConfig:
             )
         if self.budget not in BUDGETS:
             raise LowRankError(f"unknown budget {self.budget!r}; there are {', '.join(BUDGETS)}")
+        if self.labels not in (None, *LABELS):
+            raise LowRankError(f"unknown labels {self.labels!r}; there are {', '.join(LABELS)}")
         self.runs()
+
+    def labels_of(self, run: CompressionConfig) -> str:
+        """Whose labels the statistics for a run are by."""
+        return self.labels or get_method(run.method).labels
 
     def runs(self) -> list[CompressionConfig]:
         """Every compression of the sweep, in order."""

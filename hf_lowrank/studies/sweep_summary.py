@@ -10,6 +10,7 @@ from hf_lowrank.folder.style import save_png
 from hf_lowrank.jobs.files import write_text
 from hf_lowrank.studies.plots.sweep import loss_figure, pareto_figure
 from hf_lowrank.tasks import Task
+from hf_lowrank.training.divergence import KL
 
 Record = dict[str, Any]
 
@@ -34,7 +35,8 @@ def write_summary(records: Sequence[Record], task: Task, folder: Path) -> str:
 
 def summary_table(records: Sequence[Record], task: Task, finetuned: bool) -> str:
     """One row for each model; those that no smaller model equals are marked *, and losses are correlated below."""
-    columns = ["method", "ranks", "budget", "parameters", "targeted", "time", task.score, "loss +", "expected +"]
+    columns = ["method", "ranks", "budget", "parameters", "targeted", "time", task.score, _measure(records)]
+    columns += ["loss +", "expected +"]
     columns += ["fine-tuned"] if finetuned else []
     lines = [columns, ["---"] * len(columns)]
     dense, best = records[0], _pareto(records, task)
@@ -51,12 +53,23 @@ def summary_table(records: Sequence[Record], task: Task, finetuned: bool) -> str
         expected = record.get("expected_loss")
         cells += [f"{record['parameters'] / 1e6:.2f}M", f"{record.get('targeted', 1):.1%}"]
         cells += [f"{record['relative_latency']:.2f}", f"{record['score']:.2f}{mark}"]
+        cells += [_divergence(record)]
         cells += [f"{record['calibration_loss'] - dense['calibration_loss']:.4f}"]
         cells += ["" if expected is None else f"{expected:.4f}"]
         cells += [f"{record['score_finetuned']:.2f}" if "score_finetuned" in record else ""] if finetuned else []
         lines.append(cells)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n{_LEGEND}\n{_correlations(records)}"
+
+
+def _measure(records: Sequence[Record]) -> str:
+    """What the divergence from the first model is called."""
+    return next((record["divergence"]["measure"] for record in records if "divergence" in record), KL)
+
+
+def _divergence(record: Record) -> str:
+    found = record.get("divergence")
+    return f"{found['mean']:.4g} ± {found['standard_error']:.2g}" if found else ""
 
 
 def _pareto(records: Sequence[Record], task: Task) -> list[Record]:

@@ -23,11 +23,12 @@ def calibration_loader(
     samples: int = 512,
     batch_size: int = 16,
     seed: int = 0,
+    labels: str = "data",
 ) -> DataLoader:
     """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
 
     Under several processes each gets its own share. Longest first: batches need little padding, memory is highest at
-    once, and the time left is never underestimated.
+    once, and the time left is never underestimated. With `labels` "model" none of the data are read, nor need there be.
 
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
@@ -35,6 +36,7 @@ def calibration_loader(
     check_seed(seed)
     if samples < 1 or batch_size < 1:
         raise LowRankError(f"samples and batch_size must be at least 1; they are {samples} and {batch_size}")
+    task = task.without_labels() if labels == "model" else task
     rows = load_split(task, "train", data_dir).shuffle(seed=seed)
     chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))

@@ -53,7 +53,7 @@ def check_rows(rows: Dataset, task: Task, classes: int) -> None:
     Raises:
         LowRankError: it names the column, a value and its row.
     """
-    words = task.kind == "token_classification"
+    words = task.kind == "token_classification" and task.texts is None
     for column in task.text:
         kind, usable = ("a list of words", _is_words) if words else ("a text", _is_text)
         _refuse(rows[column], column, usable, f"{task.name} needs {kind} there")

@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.encoding import encode
-from hf_lowrank.tasks.task import Task
+from hf_lowrank.tasks.task import Task, Texts
+
+FEW_TEXTS, HELD_OUT = 20, 10
 
 FILE_FORMATS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json", "txt": "text"}
 
@@ -18,9 +20,13 @@ FILE_FORMATS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "js
 def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     """The rows of a split: of `data_dir/<split>*.{parquet,csv,json,jsonl,txt}`, or of the task's Hub data set.
 
+    Of a task's own texts every tenth is for validation, the rest for training; fewer than `FEW_TEXTS` are for both.
+
     Raises:
         LowRankError: no such file, an unreadable or empty one, or columns of the task that are not there.
     """
+    if task.texts is not None:
+        return _split_of_texts(task.texts, split)
     if data_dir is None and not task.hub[0]:
         raise LowRankError(f"{task.name} has no data set of its own; pass a folder as data_dir")
     source = f"{task.hub[0]} ({split})"
@@ -33,7 +39,7 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     try:
         rows = load_dataset(**given)
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and network errors
-        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {_reason(error)}") from error
+        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {reason(error)}") from error
     needed = [*task.text, *([task.label] if task.label else [])]
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
@@ -46,7 +52,14 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     return _numbered(rows, task) if task.label_values else rows
 
 
-def _reason(error: BaseException) -> str:
+def _split_of_texts(texts: Texts, split: str) -> Dataset:
+    held_out = [number % HELD_OUT == HELD_OUT - 1 for number in range(len(texts.rows))]
+    wanted = [out == (split != "train") or len(texts.rows) < FEW_TEXTS for out in held_out]
+    rows = [row for row, chosen in zip(texts.rows, wanted, strict=True) if chosen]
+    return Dataset.from_dict(dict(zip(texts.columns, map(list, zip(*rows, strict=True)), strict=True)))
+
+
+def reason(error: BaseException) -> str:
     """What is wrong with a file, in one line: the first cause, which datasets wraps in words of its own."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:

@@ -1,6 +1,7 @@
 """Rows of a task + tokenizer + a model's labels → inputs of the model, and batches of them."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,19 @@ from transformers import (
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.model.predictions import IGNORED, UNKNOWN
 from hf_lowrank.tasks.checks import check_ends, check_rows, checked_length
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.task import Task
 
-IGNORED = -100
+MASKED = 0.15  # the share of a text's tokens that a masked language model is to tell
 
 
 def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Dataset:
     """Rows as inputs of a model, shortest first, so that batches need little padding.
 
     The labels are those of the model: mapped by name where the model names its labels as the data do, else by position,
-    which is said on stderr.
+    which is said on stderr. Of a task without labels they are `UNKNOWN` (of numbers NaN), which no loss takes.
 
     Raises:
         LowRankError: texts that are none; labels that are missing, of another type, or that the model does not know; a
@@ -53,7 +55,7 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
 
 def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """What joins encoded rows into a padded batch."""
-    if task.kind in ("classification", "regression"):
+    if task.kind in ("classification", "regression", "embedding"):
         return DataCollatorWithPadding(tokenizer)
     tokenizer = copy.deepcopy(tokenizer)  # what it needs here is not to be saved
     if tokenizer.pad_token is None:  # never seen: padding is masked, and its labels are ignored
@@ -64,6 +66,9 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _encode_sequence(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
     encoded = dict(tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=length))
+    if task.label is None:
+        encoded["labels"] = [math.nan if task.kind == "regression" else UNKNOWN] * len(encoded["input_ids"])
+        return encoded
     labels = batch[task.label]
     encoded["labels"] = [label_ids[label] for label in labels] if label_ids else [float(label) for label in labels]
     return encoded
@@ -73,13 +78,31 @@ def _encode_words(batch: dict, task: Task, tokenizer: Any, length: int, label_id
     """A word's label goes to its first piece; the others, and special tokens, are ignored."""
     if not tokenizer.is_fast:
         raise LowRankError(f"{task.name} needs a fast tokenizer, which knows the words of its tokens; this one is slow")
-    encoded = tokenizer(batch[task.text[0]], is_split_into_words=True, truncation=True, max_length=length)
+    texts = batch[task.text[0]]
+    split = not isinstance(texts[0], str)
+    encoded = tokenizer(texts, is_split_into_words=split, truncation=True, max_length=length)
     labels = []
-    for row, tags in enumerate(batch[task.label]):
+    for row in range(len(texts)):
         words = encoded.word_ids(row)
+        known = [UNKNOWN] * len(words) if task.label is None else [label_ids[tag] for tag in batch[task.label][row]]
         first = [word is not None and word != before for word, before in zip(words, [None, *words], strict=False)]
-        labels.append([label_ids[tags[word]] if new else IGNORED for word, new in zip(words, first, strict=True)])
+        labels.append([known[word] if new else IGNORED for word, new in zip(words, first, strict=True)])
     return {**encoded, "labels": labels}
+
+
+def _encode_masked(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
+    """Some tokens of a text, chosen by the text alone, are masked, and are its labels."""
+    if tokenizer.mask_token_id is None:
+        raise LowRankError(f"{task.name} needs a tokenizer with a mask token for a masked language model")
+    encoded = dict(tokenizer(batch[task.text[0]], truncation=True, max_length=length, return_special_tokens_mask=True))
+    special = encoded.pop("special_tokens_mask")
+    encoded["labels"] = [[IGNORED] * len(ids) for ids in encoded["input_ids"]]
+    for ids, labels, specials in zip(encoded["input_ids"], encoded["labels"], special, strict=True):
+        ordinary = [place for place, is_special in enumerate(specials) if not is_special]
+        count = min(len(ordinary), max(1, round(MASKED * len(ordinary))))
+        for place in np.random.default_rng(ids).choice(ordinary, count, replace=False).tolist() if count else ():
+            labels[place], ids[place] = ids[place], tokenizer.mask_token_id
+    return encoded
 
 
 def _encode_text(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
@@ -99,4 +122,6 @@ _ENCODERS = {
     "regression": _encode_sequence,
     "token_classification": _encode_words,
     "causal_lm": _encode_text,
+    "masked_lm": _encode_masked,
+    "embedding": _encode_sequence,
 }

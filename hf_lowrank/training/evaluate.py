@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.tasks import IGNORED, Task, collator, described, label_ids_of, load_validation
 
@@ -95,7 +96,7 @@ class Predictions:
 
 def score_predictions(outputs: Predictions, task: Task, config: PreTrainedConfig) -> dict[str, float]:
     """The figures of `task.metrics` and the `score`, for the model with this `config`."""
-    result = _perplexity(outputs) if task.kind == "causal_lm" else _score(outputs, task, config)
+    result = _perplexity(outputs) if task.score == "perplexity" else _score(outputs, task, config)
     return {"score": result[task.score], **result}
 
 
@@ -108,7 +109,13 @@ def predict_rows(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Predictions:
-    """Run the model over encoded rows, in their order. It is left in the mode it had."""
+    """Run the model over encoded rows, in their order. It is left in the mode it had.
+
+    Raises:
+        LowRankError: the task has no labels.
+    """
+    if not task.has_labels:
+        raise LowRankError(f"{task.name} have no labels to score by; compare with the dense model instead")
     loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
     training = model.training
     model.eval()
@@ -146,8 +153,12 @@ def _read_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
 
 
 def _read_text(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    following, kept = labels[:, 1:], labels[:, 1:] != IGNORED
-    flat = F.cross_entropy(logits[:, :-1].flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none")
+    return _read_masked(logits[:, :-1], labels[:, 1:])
+
+
+def _read_masked(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
+    kept = labels != IGNORED
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     tokens = [row[k].double().tolist() for row, k in zip(flat.view_as(kept), kept, strict=True)]
     return Predictions(tokens, [None] * len(tokens), [math.fsum(row) / max(len(row), 1) for row in tokens])
 
@@ -157,6 +168,7 @@ _READERS = {
     "regression": _read_numbers,
     "token_classification": _read_tokens,
     "causal_lm": _read_text,
+    "masked_lm": _read_masked,
 }
 
 

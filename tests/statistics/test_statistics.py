@@ -19,7 +19,6 @@ from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.statistics import collect
 from hf_lowrank.statistics.kinds import add_fisher, add_fisher_rows
-from hf_lowrank.statistics.losses import own_loss, sample_losses
 from tests.helpers import VOCABULARY, bert_config, factorize, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 Batch = dict[str, Any]
@@ -135,12 +134,14 @@ def test_row_form_is_the_same_for_short_and_long_samples() -> None:
 
 def test_known_losses_run_in_batches_and_others_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    original = collect._Pass._choose_losses
-    monkeypatch.setattr(collect._Pass, "_choose_losses", lambda *given: chosen.append(original(*given)) or chosen[-1])
+    original = collect._Pass._can_run_together
+    monkeypatch.setattr(
+        collect._Pass, "_can_run_together", lambda *given: chosen.append(original(*given)) or chosen[-1]
+    )
     compute_fisher(tiny_bert(num_labels=3), [padded_batch(torch.tensor([0, 2, 1, 2]))], progress=False)
     compute_fisher(tiny_llama(), [padded_batch(lengths=(9, 4, 7))], progress=False)
     compute_fisher(tiny_t5(), [padded_batch(lengths=(9, 4, 7))], progress=False)
-    assert chosen == [sample_losses, sample_losses, own_loss]
+    assert chosen == [True, True, False]
 
 
 def test_a_model_whose_samples_meet_is_run_one_sample_at_a_time() -> None:

@@ -1,5 +1,6 @@
 """A sweep's folder holds results of one model and one set of data, whatever their folders are called."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 
+from hf_lowrank import Statistics
 from tests.launches import Job, hf_lowrank, make_model
 from tests.tiny_task import run, write_cola
 
@@ -54,3 +56,18 @@ def test_several_processes_are_refused(places: Path, tmp_path: Path) -> None:
     assert job.wait() == [2, 2]
     assert "a sweep runs in one process; start it without accelerate launch" in job.printed()
     assert not out.exists()
+
+
+def test_divergence_and_labels_are_noted(places: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    given = [*words(places / "first", tmp_path), "--method", "kfac"]
+    code, table, error = run(monkeypatch, capfd, *given, "--labels", "model")
+    assert code == 0, error
+    dense, svd, kfac = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert "divergence" not in dense
+    assert [svd["labels"], kfac["labels"]] == [None, "model"]
+    assert [each["divergence"]["count"] for each in (svd, kfac)] == [20, 20]
+    assert "KL to dense (nats)" in table
+    assert Statistics.load(tmp_path / "statistics-model").labels == "model"
+    code, _, error = run(monkeypatch, capfd, *given, "--labels", "data")
+    assert code == 2
+    assert "holds a sweep with labels 'model', this one has 'data'" in error
