@@ -14,7 +14,7 @@ from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.jobs.interrupts import MINUTES
-from hf_lowrank.solvers.family import COMPARED, METHODS, OPTIMIZER_NAMES, get_method
+from hf_lowrank.solvers.family import COMPARED, DEFAULT_GAUGE, METHODS, OPTIMIZER_NAMES, get_method
 from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.tasks.table import NAMES, get_task
 
@@ -68,6 +68,10 @@ class FactorOptions:
         str | None, typer.Option(help=f"For methods that iterate: {', '.join(OPTIMIZER_NAMES)}. Default: alternating.")
     ] = None
     form: FormOption = "factors"
+    gauge: Annotated[
+        str,
+        typer.Option(help="The basis between the two factors: flat, which loses least by int8 and int4, or balanced."),
+    ] = DEFAULT_GAUGE
 
 
 @dataclass(frozen=True)

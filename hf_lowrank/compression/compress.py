@@ -235,4 +235,4 @@ def layer_solver(
                 f"the method {config.method!r} needs statistics ({', '.join(config.needs)}); see compute_statistics"
             )
         statistics.check(targets, config.needs)
-    return LayerSolver(targets, get_method(config.method), statistics, config.optimizer)
+    return LayerSolver(targets, get_method(config.method), statistics, config.optimizer, config.gauge)

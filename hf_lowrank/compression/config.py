@@ -8,7 +8,7 @@ from hf_lowrank.allocation.rules import get_allocation
 from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.settings import check_settings
-from hf_lowrank.solvers.family import METHODS, check_optimizer, get_method
+from hf_lowrank.solvers.family import DEFAULT_GAUGE, GAUGE_NAMES, METHODS, check_optimizer, get_method
 
 DEFAULT_RANK_RATIO = 0.33
 FORM_NAMES = ("factors", "interpolative")  # of `hf_lowrank.nn.layers_lowrank.FORMS`, which takes time to import
@@ -37,6 +37,7 @@ class CompressionConfig:
         cap: the largest, as a multiple of its uniform rank; None for no bound.
         optimizer: for methods that iterate, a name in `OPTIMIZERS`; None for the default.
         form: how factors are stored, "factors" or "interpolative" (see `to_form`).
+        gauge: the basis of their inner channels, "flat" (least lost by rounding) or "balanced" (see `GAUGES`).
 
     Raises:
         LowRankError: an unknown name, a value out of range, or several budgets.
@@ -57,6 +58,7 @@ class CompressionConfig:
     cap: float | None = None
     optimizer: str | None = None
     form: str = FORM_NAMES[0]
+    gauge: str = DEFAULT_GAUGE
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,6 +74,10 @@ class CompressionConfig:
                 raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
         if self.form not in FORM_NAMES:
             raise LowRankError(f"unknown form {self.form!r}; there are {', '.join(FORM_NAMES)}")
+        if self.gauge not in GAUGE_NAMES:
+            raise LowRankError(f"unknown gauge {self.gauge!r}; there are {', '.join(GAUGE_NAMES)}")
+        if self.gauge != DEFAULT_GAUGE and self.form != FORM_NAMES[0]:
+            raise LowRankError(f"the {self.form} form has a basis of its own: leave out the gauge {self.gauge!r}")
         _ = self.budget, self.spread  # raise where they are out of range
 
     @property

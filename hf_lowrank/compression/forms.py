@@ -4,6 +4,9 @@ A matrix of rank r has r(in + out - r) degrees of freedom, and two plain factors
 interpolative form makes r² of them a known identity. Any factors can be brought to it, after fine-tuning too, and back.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,10 +15,15 @@ from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import FORMS, LowRankLinear
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.gauge import flat
 from hf_lowrank.solvers.interpolative import interpolative
+from hf_lowrank.solvers.scaled import Scaled, Scaling
 
 # Any two factors → those of the same product that a form holds.
-_CONVERSIONS = {"factors": Factors.balanced, "interpolative": interpolative}
+_CONVERSIONS: dict[str, Callable[[Factors], Factors]] = {
+    "factors": partial(flat, sides=Scaled(Scaling(), Scaling())),
+    "interpolative": interpolative,
+}
 
 
 def check_form(form: str) -> None:

@@ -11,18 +11,23 @@ from hf_lowrank.compression.report import LayerReport
 from hf_lowrank.model.targets import rank_of, weight_shape
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
-from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.solvers.family import DEFAULT_GAUGE
 from hf_lowrank.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class LayerSolver:
-    """The layers of a model, one at a time, by a method and, where it iterates, an optimizer other than the default."""
+    """The layers of a model, one at a time, by a method and, where it iterates, an optimizer other than the default.
+
+    `gauge` is the basis of the inner channels, a name in `GAUGES`.
+    """
 
     targets: dict[str, nn.Module]
     method: Method
     statistics: Statistics | None
     optimizer: str | None = None
+    gauge: str = DEFAULT_GAUGE
 
     def spectrum(self, name: str) -> Tensor:
         """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first.
@@ -44,9 +49,9 @@ class LayerSolver:
         linear, weight = self.targets[name], self._weight(name)
         objective = self._objective(name, weight.device)
         factors = objective.factorize(weight, rank)
-        balanced = factors.balanced()
+        chosen = GAUGES[self.gauge](factors, objective.two_sided())
         with readable(linear):
-            low_rank = layer_class_for(linear).from_factors(linear, balanced.up, balanced.down)
+            low_rank = layer_class_for(linear).from_factors(linear, chosen.up, chosen.down)
         up, down = low_rank.matrices()
         stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
         delta = weight - stored[0] @ stored[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.optimizers import get_optimizer
-from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled
+from hf_lowrank.solvers.scaled import DiagonalScaling, RotatedScaling, Scaled
 
 # Elements below this share of the mean importance count as this share, so that no element is free.
 FLOOR = 1e-4
@@ -93,6 +93,11 @@ class Rotated:
         """Factors of `weight` [out, in] at `rank`."""
         factors = self.objective.factorize(self._rotate(weight), rank)
         return Factors(self.left @ factors.up.float(), factors.down.float() @ self.right.T, factors.trace)
+
+    def two_sided(self) -> Scaled:
+        """That of the rotated objective, behind the rotations."""
+        inner = self.objective.two_sided()
+        return Scaled(RotatedScaling(inner.left, self.left), RotatedScaling(inner.right, self.right))
 
     def _rotate(self, matrix: Tensor) -> Tensor:
         return self.left.T @ matrix.float() @ self.right

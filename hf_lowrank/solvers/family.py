@@ -107,6 +107,10 @@ COMPARED = ("svd", "fwsvd", "tfwsvd", "kfac")
 # By a test the keys of `OPTIMIZERS`, which holds the functions: for methods that iterate.
 OPTIMIZER_NAMES = ("alternating", "em", "em-nesterov", "em-anderson", "sgd", "adam", "adam-sgd", "lbfgs", "als")
 
+# By a test the keys of `GAUGES`, the first one the default.
+GAUGE_NAMES = ("flat", "balanced")
+DEFAULT_GAUGE = GAUGE_NAMES[0]
+
 
 def check_optimizer(name: str) -> None:
     """Raise for an optimizer that is not registered.

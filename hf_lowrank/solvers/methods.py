@@ -29,6 +29,9 @@ class Objective(Protocol):
     def factorize(self, weight: Tensor, rank: int) -> Factors:
         """Factors of least (or locally least) error."""
 
+    def two_sided(self) -> Scaled:
+        """The error, or what comes close to it, as ‖L Δ Rᵀ‖²: for the gauge of the factors, and for rounding."""
+
 
 OBJECTIVES: dict[str, Callable[[Means], Objective]] = {}
 

@@ -36,6 +36,10 @@ class Scaling:
         """‖S‖²_F for S [size, size], a scalar."""
         return torch.tensor(float(size), dtype=torch.float64)
 
+    def diagonal(self, size: int) -> Tensor:
+        """That of Sᵀ S [size], for S [size, size]."""
+        return torch.ones(size, dtype=torch.float64)
+
 
 class DiagonalScaling(Scaling):
     """S = diag(√importance), for an `importance` [n] of squared errors; zeros are raised to a floor.
@@ -59,6 +63,9 @@ class DiagonalScaling(Scaling):
 
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
+
+    def diagonal(self, size: int) -> Tensor:
+        return self.root[:, 0].square()
 
 
 class WhiteningScaling(Scaling):
@@ -102,6 +109,31 @@ class WhiteningScaling(Scaling):
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()
 
+    def diagonal(self, size: int) -> Tensor:
+        return self.moment.diagonal()
+
+
+class RotatedScaling(Scaling):
+    """S = T Qᵀ for another scaling T and an orthogonal Q [n, n]."""
+
+    def __init__(self, scaling: Scaling, rotation: Tensor) -> None:
+        self.scaling, self.rotation = scaling, rotation.double()
+
+    def apply(self, matrix: Tensor) -> Tensor:
+        return self.scaling.apply(self.rotation.T @ matrix)
+
+    def undo(self, matrix: Tensor) -> Tensor:
+        return self.rotation @ self.scaling.undo(matrix)
+
+    def square(self, matrix: Tensor) -> Tensor:
+        return self.rotation @ self.scaling.square(self.rotation.T @ matrix.double())
+
+    def power(self, size: int) -> Tensor:
+        return self.scaling.power(size)
+
+    def diagonal(self, size: int) -> Tensor:
+        return (self.rotation * self.scaling.square(self.rotation.T).T).sum(dim=1)
+
 
 def whitening(moment: Tensor, damping: float) -> Scaling:
     """The whitening of a second moment [n, n], or of a diagonal one [n], such as that of one-hot inputs."""
@@ -143,6 +175,10 @@ class Scaled:
         leading = _leading(_lower_product(whole, half), rank)
         one, other = shorter.undo(leading), leading.T @ half
         return Factors(one, other) if weight.shape[0] <= weight.shape[1] else Factors(other.T, one.T)
+
+    def two_sided(self) -> "Scaled":
+        """These scalings: what every objective can be asked for."""
+        return self
 
     def _scaled(self, matrix: Tensor) -> tuple[Scaling, Tensor, Tensor]:
         """The shorter side's scaling S, S M and S M Tᵀ T [shorter, longer], for a matrix M turned that way."""

@@ -215,6 +215,8 @@ def test_bad_settings_are_refused() -> None:
         ({"floor": 2}, "floor in [0, 1]"),
         ({"cap": 0.5}, "cap at least 1"),
         ({"allocation": "best"}, "unknown allocation 'best'; there are uniform, greedy"),
+        ({"gauge": "sharp"}, "unknown gauge 'sharp'; there are flat, balanced"),
+        ({"gauge": "balanced", "form": "interpolative"}, "the interpolative form has a basis of its own"),
         ({"optimizer": "adam"}, "kfac has a closed form; an optimizer is for tfwsvd, ekfac"),
     ):
         with pytest.raises(LowRankError) as raised:

@@ -33,6 +33,7 @@ HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib")
         ("compress model --task stsb --output out --allocation fair", "unknown allocation 'fair'"),
         ("compress model --task stsb --output out --method tfwsvd --optimizer newton", "unknown optimizer 'newton'"),
         ("compress model --task stsb --output out --form thick", "unknown form 'thick'"),
+        ("compress model --task stsb --output out --gauge sharp", "unknown gauge 'sharp'; there are flat, balanced"),
         ("compress model --task stsb --output full", "full exists and is not empty"),
         ("statistics model --task stsb --output full", "full exists and is not empty"),
         ("statistics model --task stsb --output out --kind foo", "unknown statistic 'foo'"),

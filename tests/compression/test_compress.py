@@ -229,3 +229,28 @@ def test_bad_input_is_refused_before_anything_is_edited() -> None:
 def test_uniform_ranks_are_shares_of_the_smaller_side() -> None:
     ranks = uniform_ranks({"a": (384, 1536), "b": (10, 3)}, 0.33)
     assert ranks == {"a": 127, "b": 1}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_gauge_changes_factors_and_no_output(architecture: str) -> None:
+    dense = MODELS[architecture]()
+    flat, balanced = (
+        compress(copy.deepcopy(dense), CompressionConfig("svd", 0.25, gauge=gauge), progress=False)[0].double()
+        for gauge in ("flat", "balanced")
+    )
+    torch.testing.assert_close(outputs(flat), outputs(balanced), rtol=1e-4, atol=1e-5)
+    name, layer = next((name, m) for name, m in flat.named_modules() if isinstance(m, LowRankLinear))
+    assert not torch.allclose(layer.down.weight, balanced.get_submodule(name).down.weight)
+    norms = layer.down.weight.norm(dim=1)
+    assert norms.max() / norms.min() < 1.5  # of the channels: no one stands out
+
+
+def test_the_gauge_of_an_embedding_and_its_tied_head_keeps_the_tie() -> None:
+    dense = tiny_gpt2()
+    config = CompressionConfig("svd", 0.25, include=("wte",))
+    flat, _ = compress(copy.deepcopy(dense), config, progress=False)
+    balanced, _ = compress(dense, CompressionConfig("svd", 0.25, include=("wte",), gauge="balanced"), progress=False)
+    torch.testing.assert_close(outputs(flat), outputs(balanced), rtol=1e-4, atol=1e-5)
+    embedding, head = flat.get_input_embeddings(), flat.get_output_embeddings()
+    assert head.up.weight is embedding.down.weight
+    assert head.down.weight is embedding.up.weight
