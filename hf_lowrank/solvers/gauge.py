@@ -58,10 +58,10 @@ class Channels:
         in_features = down.shape[1]
         mean_input = sides.right.power(in_features).to(down.device) / in_features
         return cls(
-            _with_ridge(down @ sides.right.square(down.T)),
-            _with_ridge(up.T @ sides.left.square(up)),
-            _with_ridge(mean_input * down @ down.T),
-            _with_ridge(up.T @ (sides.left.diagonal(len(up)).to(up.device)[:, None] * up)),
+            with_ridge(down @ sides.right.square(down.T)),
+            with_ridge(up.T @ sides.left.square(up)),
+            with_ridge(mean_input * down @ down.T),
+            with_ridge(up.T @ (sides.left.diagonal(len(up)).to(up.device)[:, None] * up)),
         )
 
     def in_basis(self, basis: Tensor) -> "Channels":
@@ -181,7 +181,8 @@ def _shares() -> tuple[float, float]:
     return (2 * ACTIVATION_PEAK / 255) ** 2, (2 * WEIGHT_PEAK / 254) ** 2
 
 
-def _with_ridge(moment: Tensor) -> Tensor:
+def with_ridge(moment: Tensor) -> Tensor:
+    """A second moment [n, n] that can be inverted: with a share of its mean diagonal, or 1, added to its diagonal."""
     mean = moment.diagonal().mean()
     ridge = torch.where(mean > 0, RIDGE * mean, torch.ones_like(mean))
     return _symmetric(moment) + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

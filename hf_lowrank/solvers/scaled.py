@@ -36,9 +36,14 @@ class Scaling:
         """‖S‖²_F for S [size, size], a scalar."""
         return torch.tensor(float(size), dtype=torch.float64)
 
+    def gram(self, size: int) -> Tensor:
+        """Sᵀ S for S [size, size], or its diagonal [size] where that is all there is."""
+        return torch.ones(size, dtype=torch.float64)
+
     def diagonal(self, size: int) -> Tensor:
         """That of Sᵀ S [size], for S [size, size]."""
-        return torch.ones(size, dtype=torch.float64)
+        gram = self.gram(size)
+        return gram if gram.ndim == 1 else gram.diagonal()
 
 
 class DiagonalScaling(Scaling):
@@ -64,7 +69,7 @@ class DiagonalScaling(Scaling):
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
 
-    def diagonal(self, size: int) -> Tensor:
+    def gram(self, size: int) -> Tensor:
         return self.root[:, 0].square()
 
 
@@ -109,8 +114,8 @@ class WhiteningScaling(Scaling):
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()
 
-    def diagonal(self, size: int) -> Tensor:
-        return self.moment.diagonal()
+    def gram(self, size: int) -> Tensor:
+        return self.moment
 
 
 class RotatedScaling(Scaling):
@@ -131,8 +136,8 @@ class RotatedScaling(Scaling):
     def power(self, size: int) -> Tensor:
         return self.scaling.power(size)
 
-    def diagonal(self, size: int) -> Tensor:
-        return (self.rotation * self.scaling.square(self.rotation.T).T).sum(dim=1)
+    def gram(self, size: int) -> Tensor:
+        return self.square(torch.eye(size, dtype=torch.float64, device=self.rotation.device))
 
 
 def whitening(moment: Tensor, damping: float) -> Scaling:
