@@ -13,7 +13,7 @@ from torch import nn
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.nn.experts_lowrank import is_stacked, unstacked_names
+from hf_lowrank.nn.experts_lowrank import is_stacked
 
 DATA = Path(__file__).with_name("architectures.json")
 KINDS = ("linears of blocks", "embeddings", "convolutions", "3-D parameters", "other")
@@ -121,8 +121,7 @@ def parameters_by_kind(model: Any) -> dict[str, int]:
         targets = find_targets(model)
     except LowRankError:  # there are none
         targets = {}
-    stacked = unstacked_names(model)
-    targeted = {stacked.get(name, module) for name, module in targets.items()}
+    targeted = {target.owner or target.module for target in targets.values()}
     counts, seen = dict.fromkeys(KINDS, 0), set()
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

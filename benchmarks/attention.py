@@ -198,7 +198,7 @@ def _linears(model: Any) -> dict[str, Any]:
     layers = find_targets(model)
     if not any(name.endswith(PATTERNS[0]) for name in layers):
         raise LowRankError(f"{type(model).__name__} has no {PATTERNS[0]}: the study is of BERT-like attention")
-    return layers
+    return {name: target.module for name, target in layers.items()}
 
 
 @torch.no_grad()

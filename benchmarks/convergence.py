@@ -132,8 +132,8 @@ def _real(model: PreTrainedModel, fisher: Statistics, every: bool) -> Iterator[P
     """Layers evenly spread over the model's depth and kinds, or all."""
     targets = list(find_targets(model).items())
     count = len(targets) if every else LAYERS
-    for name, module in (targets[n * (len(targets) - 1) // max(count - 1, 1)] for n in range(count)):
-        weight = dense_weight(module).detach().float()
+    for name, target in (targets[n * (len(targets) - 1) // max(count - 1, 1)] for n in range(count)):
+        weight = dense_weight(target.module).detach().float()
         yield Problem.of(name, weight, fisher.mean("fisher", name), round(RANK_RATIO * min(weight.shape)))
 
 
@@ -208,8 +208,8 @@ def _whole_step(
     targets = find_targets(model)
 
     def factorize() -> None:
-        for name, module in targets.items():
-            weight = dense_weight(module).detach()
+        for name, target in targets.items():
+            weight = dense_weight(target.module).detach()
             ElementWise(fisher.mean("fisher", name)).factorize(weight, round(RANK_RATIO * min(weight.shape)))
 
     part = sum(len(batch["labels"]) for batch in batches)

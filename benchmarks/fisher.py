@@ -121,7 +121,7 @@ def naive_fisher(model: PreTrainedModel, batches: list[Batch]) -> None:
 
 def with_gradients_of_targets(model: PreTrainedModel, body: Callable[[list[nn.Parameter]], Any]) -> None:
     """Call `body` with the targeted weights while only they collect gradients."""
-    weights: list[Any] = [module.weight for module in find_targets(model).values()]
+    weights: list[Any] = [target.module.weight for target in find_targets(model).values()]
     model.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)

@@ -38,7 +38,10 @@ DEEPEST = 2  # how far inside of an argument a layer is looked for
 LABELS = ("unacceptable", "acceptable")
 # The files that know the kinds of layers.
 KINDS_AT_HOME = ("nn/", "model/")
-KIND_TEST = re.compile(r"(isinstance|type)\(.*\b(nn\.Embedding|CONVOLUTIONS|Conv1D|nn\.Conv[123]d)\b")
+KIND_TEST = re.compile(
+    r"(isinstance|type)\(.*\b(nn\.Embedding|CONVOLUTIONS|Conv1D|nn\.Conv[123]d)\b"
+    r"|\bis_(embedding|convolution|expert_layer)\("
+)
 
 
 def run(options: Options) -> Result:

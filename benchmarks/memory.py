@@ -10,12 +10,11 @@ import threading
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from torch import nn
 
 from benchmarks.harness import Options, Result, Row
 from benchmarks.models import random_bert, random_importance
 from hf_lowrank import CompressionConfig, Statistics, compress
-from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics.container import digest
@@ -83,7 +82,7 @@ def measure() -> dict[str, float]:
         "once": once,
         "model": sum(parameter.nbytes for parameter in model.parameters()) / MEGABYTE,
         "statistics": sum(total.nbytes for total in statistics.sums["fisher"].values()) / MEGABYTE,
-        "layer": max(8 * math.prod(weight_shape(module)) for module in targets.values()) / MEGABYTE,
+        "layer": max(8 * math.prod(target.shape) for target in targets.values()) / MEGABYTE,
     }
     sizes["one layer"] = largest_layer_workspace(targets, statistics)
     del targets
@@ -106,10 +105,10 @@ def warm_up() -> float:
     return resident() - before
 
 
-def largest_layer_workspace(targets: dict[str, nn.Module], statistics: Statistics) -> float:
+def largest_layer_workspace(targets: dict[str, Target], statistics: Statistics) -> float:
     """MiB that factorizing the largest layer and judging its error takes above the weight and its importance."""
-    name = max(targets, key=lambda name: math.prod(weight_shape(targets[name])))
-    weight = dense_weight(targets[name]).detach()
+    name = max(targets, key=lambda name: math.prod(targets[name].shape))
+    weight = dense_weight(targets[name].module).detach()
     before = resident()
     with Peak() as peak, torch.no_grad():
         objective = get_method("tfwsvd").objective({"fisher": statistics.mean("fisher", name)})
@@ -117,10 +116,10 @@ def largest_layer_workspace(targets: dict[str, nn.Module], statistics: Statistic
     return peak.seen - before
 
 
-def random_statistics(targets: dict[str, nn.Module]) -> Statistics:
+def random_statistics(targets: dict[str, Target]) -> Statistics:
     """A positive Fisher for every target, as if it had been measured on it."""
-    fisher = {name: random_importance(*weight_shape(module)) for name, module in targets.items()}
-    return Statistics({"fisher": fisher}, 1, 1, {name: digest(module) for name, module in targets.items()})
+    fisher = {name: random_importance(*target.shape) for name, target in targets.items()}
+    return Statistics({"fisher": fisher}, 1, 1, {name: digest(target.module) for name, target in targets.items()})
 
 
 def resident() -> float:

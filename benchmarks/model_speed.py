@@ -12,7 +12,7 @@ from benchmarks.harness import Options, Result, Row, alternate, ratio, steady_cl
 from benchmarks.models import random_bert
 from hf_lowrank import LowRankLinear
 from hf_lowrank.compression.forms import to_form
-from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.studies.bench.measure import operations
@@ -73,7 +73,7 @@ def _call(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 def low_rank_copy(dense: PreTrainedModel, align: int) -> PreTrainedModel:
     """A copy with all linears of the blocks at `RANK_RATIO`, rounded to a multiple of `align`; random factors."""
     model = to_low_rank_class(copy.deepcopy(dense))
-    for name, linear in find_targets(model).items():
-        rank = max(1, round(RANK_RATIO * min(weight_shape(linear)) / align)) * align
-        replace_module(model, name, LowRankLinear.like(linear, rank))
+    for name, target in find_targets(model).items():
+        rank = max(1, round(RANK_RATIO * min(target.shape) / align)) * align
+        replace_module(model, name, LowRankLinear.like(target.module, rank))
     return model.eval()

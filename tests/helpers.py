@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from hf_lowrank.model.targets import Target
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
@@ -110,3 +112,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def modules_of(targets: Mapping[str, Target]) -> dict[str, Any]:
+    """The layers that targets are, by name."""
+    return {name: target.module for name, target in targets.items()}

@@ -1,4 +1,4 @@
-"""targets + budget → {module name: rank}, None where a layer stays dense."""
+"""Shapes, costs and losses of layers + budget → {name: rank}, None where one stays as it is. Knows no model."""
 
 from typing import TYPE_CHECKING
 
@@ -7,8 +7,8 @@ from hf_lowrank.jobs.imports import lazily
 if TYPE_CHECKING:
     from hf_lowrank.allocation.budget import BUDGETS, AlreadySmaller, Budget, ImpossibleBudget, parse_count
     from hf_lowrank.allocation.choices import Ranks
-    from hf_lowrank.allocation.costs import minimal_parameters, parameters, parameters_at, saves_parameters
-    from hf_lowrank.allocation.ranks import Profile, allocate, check_budget, ranks_below, uniform_ranks
+    from hf_lowrank.allocation.costs import Layer, minimal_parameters, parameters, parameters_at, saves_parameters
+    from hf_lowrank.allocation.ranks import Profile, Spectrum, allocate, check_budget, ranks_below, uniform_ranks
     from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
     from hf_lowrank.allocation.spread import Spread
 
@@ -18,8 +18,10 @@ __all__ = [
     "AlreadySmaller",
     "Budget",
     "ImpossibleBudget",
+    "Layer",
     "Profile",
     "Ranks",
+    "Spectrum",
     "Spread",
     "allocate",
     "check_budget",
@@ -41,8 +43,10 @@ __getattr__ = lazily(
         "AlreadySmaller": "budget",
         "Budget": "budget",
         "ImpossibleBudget": "budget",
+        "Layer": "costs",
         "Profile": "ranks",
         "Ranks": "choices",
+        "Spectrum": "ranks",
         "Spread": "spread",
         "allocate": "ranks",
         "check_budget": "ranks",

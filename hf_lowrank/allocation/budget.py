@@ -3,13 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_lowrank.allocation.costs import Cost, Shape, Uses, flops, parameters
+from hf_lowrank.allocation.costs import Cost, Layer, Shape, Uses, flops, parameters
 from hf_lowrank.errors import LowRankError
-
-if TYPE_CHECKING:
-    import torch
 
 # Every budget, its unit and its meaning: the one definition of each.
 BUDGETS = {
@@ -64,22 +61,24 @@ class Limit:
 
 
 def limit_of(
-    budget: Budget, layers: Sequence[tuple[Shape, Uses]], model_parameters: int, others: float, probe: "torch.Tensor"
+    budget: Budget, layers: Sequence[Layer], model_parameters: int, others: float, latency: Cost | None = None
 ) -> Limit:
-    """What a budget other than a rank ratio allows layers of these shapes and uses.
+    """What a budget other than a rank ratio allows these layers.
 
-    `model_parameters` are those of the dense model, `others` those that the model has besides these layers. `probe` is
-    any weight of the model: latency is measured in its dtype on its device.
+    `model_parameters` are those of the dense model, `others` those that the model has besides these layers. `latency`
+    is the time that a layer takes, for a budget of it.
+
+    Raises:
+        LowRankError: a budget of latency without it.
     """
-    dense = sum(parameters(shape, None) for shape, _ in layers)
+    dense = sum(parameters(layer.shape, None) for layer in layers)
     if budget.kind == "flops":
         return Limit(budget.value, flops, lambda total: total)
     if budget.kind == "latency":
-        from hf_lowrank.allocation.latency import measured_latency  # here: torch takes time to import
-
-        cost = measured_latency(layers, probe.dtype, probe.device)
-        whole = sum(cost(shape, None, uses) for shape, uses in layers)
-        return Limit(budget.value * whole, cost, lambda total: total / whole)
+        if latency is None:
+            raise LowRankError("a latency budget needs the time that layers take: pass `latency` (measured_latency)")
+        whole = sum(latency(layer.shape, None, layer.uses) for layer in layers)
+        return Limit(budget.value * whole, latency, lambda total: total / whole)
     if budget.kind == "keep":
         return Limit(budget.value * dense, parameters, lambda total: total / dense)
     scale = model_parameters if budget.kind == "keep_model" else 1

@@ -1,4 +1,7 @@
-"""What a layer costs at a rank, in parameters or arithmetic; in time measured on this machine, see `latency.py`."""
+"""A layer as an allocation sees it, and what it costs at a rank, in parameters or arithmetic.
+
+What it costs in time is measured (`hf_lowrank.compression.latency`).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +20,25 @@ class Uses:
 
 
 ONCE = Uses()
+PLAIN_ONLY = "a latency budget is for plain factors: give another budget with the interpolative form"
 Cost = Callable[[Shape, int | None, Uses], float]  # rank None: dense
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All that an allocation knows of a layer.
+
+    Args:
+        shape: (out, in) of its weight.
+        rank: that it has already, None where it is dense.
+        form: that its factors have, if it has any.
+        uses: how often a token passes through it.
+    """
+
+    shape: Shape
+    rank: int | None = None
+    form: str = "factors"
+    uses: Uses = ONCE
 
 
 def parameters(shape: Shape, rank: int | None, uses: Uses = ONCE) -> int:
@@ -61,5 +82,5 @@ def in_interpolative_form(cost: Cost) -> Cost:
         LowRankError: another cost, as latency is measured of plain factors.
     """
     if cost not in (parameters, flops):
-        raise LowRankError("a latency budget is for plain factors: give another budget with the interpolative form")
+        raise LowRankError(PLAIN_ONLY)
     return minimal_parameters if cost is parameters else minimal_flops

@@ -3,66 +3,56 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-
-from hf_lowrank.allocation.budget import (
-    PER_USE,
-    AlreadySmaller,
-    Budget,
-    ImpossibleBudget,
-    Limit,
-    check_range,
-    limit_of,
-)
+from hf_lowrank.allocation.budget import AlreadySmaller, Budget, ImpossibleBudget, Limit, check_range, limit_of
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
-from hf_lowrank.allocation.costs import ONCE, Cost, Shape, Uses, flops, in_interpolative_form, parameters, parameters_at
+from hf_lowrank.allocation.costs import Cost, Layer, Shape, flops, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
 from hf_lowrank.allocation.spread import Spread
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.layer_names import is_expert_layer
-from hf_lowrank.model.targets import rank_of, weight_shape
-from hf_lowrank.nn.layers_lowrank import LowRankLinear, is_convolution
 
+Spectrum = Callable[[str], Sequence[float]]  # name → what discarding each direction adds to the loss, largest first
 Profile = dict[str, dict[int, float]]  # the loss measured when a layer alone has a rank, by name and rank
 
 
 def allocate(
-    targets: dict[str, nn.Module],
+    layers: Mapping[str, Layer],
     model_parameters: int,
     budget: Budget,
     spread: Spread,
-    spectrum: Callable[[str], Tensor] | None = None,
+    spectrum: Spectrum | None = None,
     profile: Profile | None = None,
     form: str = "factors",
     saved: int = 0,
-    uses: Mapping[str, Uses] | None = None,
+    latency: Cost | None = None,
 ) -> Ranks:
-    """The rank of every target, None where it stays as it is, that together cost no more than the budget.
+    """The rank of every layer, None where it stays as it is, that together cost no more than the budget.
 
-    A target that is factorized already may get any rank below its own, or stays as it is at what it costs now. Budgets
+    A layer that is factorized already may get any rank below its own, or stays as it is at what it costs now. Budgets
     count against the dense model that it was.
 
     Args:
-        model_parameters: those of the whole dense model, targets included.
+        layers: those that are targeted, by name.
+        model_parameters: those of the whole dense model, these layers included.
+        budget: what they may cost.
+        spread: how it is spread over them.
         spectrum: name → what discarding each direction adds to the loss, largest first; for allocations that ask it.
         profile: measured losses by name and rank; for those that ask for it (see `hf_lowrank.compression.profiling`).
         form: that of the factorized layers, which decides what a rank costs. A rank ratio stands for what plain factors
             of it cost, so that another form gets larger ranks for the same number of parameters.
         saved: parameters by which the model is smaller already than the dense one.
-        uses: how often a token passes through each target, for budgets of `PER_USE`; once where that is not said.
+        latency: the time that a layer takes, for a budget of it.
 
     Raises:
-        LowRankError: the budget is below the least possible or above the present size, or the profile is missing.
+        LowRankError: the budget is below the least possible or above the present size, or the profile or the latency is
+            missing.
     """
-    refuse_uncounted(targets, budget)
     rule = get_allocation(spread.allocation)
-    limit, plain = _limited(targets, model_parameters, budget, spread, form, saved, uses or {})
+    limit, plain = _limited(layers, model_parameters, budget, spread, form, saved, latency)
     total = max(limit.total, cheapest(plain))  # but for rounding
     chosen, choices = ALLOCATIONS["uniform"].decide(plain, total), plain
     if rule.losses != "none":
         uniform = {name: each.ranks[chosen[name]] for name, each in plain.items()}
-        cost_of = {name: limit.cost_of((uses or {}).get(name, ONCE)) for name in plain}
+        cost_of = {name: limit.cost_of(layers[name].uses) for name in plain}
         from_spectrum = rule.losses == "spectrum"
         choices = {
             name: _bounded(each, uniform[name], cost_of[name], spread, spectrum if from_spectrum else None, name)
@@ -89,79 +79,47 @@ def _uniform_rank(shape: Shape, rank_ratio: float) -> int:
 
 
 def check_budget(
-    targets: dict[str, nn.Module],
+    layers: Mapping[str, Layer],
     model_parameters: int,
     budget: Budget,
     spread: Spread,
     form: str = "factors",
     saved: int = 0,
-    uses: Mapping[str, Uses] | None = None,
 ) -> None:
     """Raise where no ranks meet the budget, before anything is measured for it. Arguments as in `allocate`.
 
     Raises:
         ImpossibleBudget: the message gives the possible range.
+        LowRankError: the budget is for another form.
     """
-    refuse_uncounted(targets, budget)
     if budget.kind != "latency":  # that takes a measurement itself
-        _limited(targets, model_parameters, budget, spread, form, saved, uses or {})
-
-
-def refuse_uncounted(targets: dict[str, nn.Module], budget: Budget) -> None:
-    """Raise where the budget counts what a forward pass does, and that is not the same for every token.
-
-    Raises:
-        LowRankError: the message names the layer.
-    """
-    _refuse_convolutions(targets, budget)
-    _refuse_routed(targets, budget)
-
-
-def _refuse_convolutions(targets: dict[str, nn.Module], budget: Budget) -> None:
-    convolution = next((name for name, module in targets.items() if is_convolution(module)), None)
-    if convolution is not None and budget.kind in PER_USE:
-        raise LowRankError(
-            f"{convolution}: what a convolution costs depends on the size of its input, which the budget {budget.kind} "
-            "does not know: give keep, keep_model, params or rank_ratio, or exclude the convolutions"
-        )
-
-
-def _refuse_routed(targets: dict[str, nn.Module], budget: Budget) -> None:
-    """Arithmetic and time are counted for one token through every layer, and a token visits few of the experts."""
-    expert = next((name for name in targets if is_expert_layer(name)), None)
-    if budget.kind in PER_USE and expert is not None:
-        raise LowRankError(
-            f"a {budget.kind} budget counts every layer for every token, and {expert} sees only those routed to it: "
-            "give a budget of parameters (rank_ratio, keep, keep_model, params), or exclude the experts"
-        )
+        _limited(layers, model_parameters, budget, spread, form, saved)
 
 
 def _limited(
-    targets: dict[str, nn.Module],
+    layers: Mapping[str, Layer],
     model_parameters: int,
     budget: Budget,
     spread: Spread,
     form: str,
     saved: int,
-    uses: Mapping[str, Uses],
+    latency: Cost | None = None,
 ) -> tuple[Limit, dict[str, Choices]]:
     """What all layers may cost together, and what each may choose from, bounds apart."""
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
-    used = {name: uses.get(name, ONCE) for name in targets}
-    others = model_parameters - saved - sum(_kept_cost(module, parameters, "factors") for module in targets.values())
-    layers = [(shapes[name], used[name]) for name in targets]
-    limit = _limit(budget, layers, model_parameters, others, next(iter(next(iter(targets.values())).parameters())))
+    shapes = {name: layer.shape for name, layer in layers.items()}
+    others = model_parameters - saved - sum(_kept_cost(layer, parameters, "factors") for layer in layers.values())
+    limit = _limit(budget, list(layers.values()), model_parameters, others, latency)
     if form == "interpolative":
         limit = replace(limit, cost=in_interpolative_form(limit.cost))
     plain = {}
-    for name, module in targets.items():
-        kept = _kept_cost(module, limit.cost, form, used[name])
-        plain[name] = layer_choices(shapes[name], limit.cost_of(used[name]), ranks_below(module, spread), kept=kept)
+    for name, layer in layers.items():
+        kept, cost = _kept_cost(layer, limit.cost, form), limit.cost_of(layer.uses)
+        plain[name] = layer_choices(layer.shape, cost, ranks_below(layer, spread), kept=kept)
     if budget.kind == "rank_ratio" and spread.allocation == "uniform":  # what has fewer ranks leaves none to others
         ranks = uniform_ranks(shapes, budget.value)
-        each = {name: parameters_at(shape, ranks[name]) for name, shape in shapes.items()}
-        limit = replace(limit, total=sum(min(each[name], plain[name].costs[-1]) for name in plain))
-    if any(rank_of(module) for module in targets.values()) and limit.total >= dearest(plain) * (1 - 1e-9):
+        at_ratio = {name: parameters_at(shape, ranks[name]) for name, shape in shapes.items()}
+        limit = replace(limit, total=sum(min(at_ratio[name], plain[name].costs[-1]) for name in plain))
+    if any(layer.rank for layer in layers.values()) and limit.total >= dearest(plain) * (1 - 1e-9):
         raise AlreadySmaller(
             f"{budget.kind} {budget.value:g} would leave every layer as it is: the model was compressed before, and "
             "budgets count against the dense model that it was; give less"
@@ -181,26 +139,24 @@ def _refuse_coarse(budget: Budget, spread: Spread, limit: Limit, least: float) -
         )
 
 
-def _kept_cost(module: nn.Module, cost: Cost, form: str, uses: Uses = ONCE) -> float:
+def _kept_cost(layer: Layer, cost: Cost, form: str) -> float:
     """What a layer costs that stays as it is: in the form that is asked for where that costs no more."""
-    rank, shape = rank_of(module), weight_shape(module)
-    if isinstance(module, LowRankLinear) and module.form == "interpolative" != form and cost in (parameters, flops):
+    if layer.form == "interpolative" != form and cost in (parameters, flops):
         cost = in_interpolative_form(cost)
-    return cost(shape, rank, uses)
+    return cost(layer.shape, layer.rank, layer.uses)
 
 
-def ranks_below(module: nn.Module, spread: Spread) -> Sequence[int]:
+def ranks_below(layer: Layer, spread: Spread) -> Sequence[int]:
     """The ranks that a layer may get, all below its own."""
-    rank = rank_of(module)
-    return [allowed for allowed in spread.ranks(weight_shape(module)) if rank is None or allowed < rank]
+    return [allowed for allowed in spread.ranks(layer.shape) if layer.rank is None or allowed < layer.rank]
 
 
 def _limit(
-    budget: Budget, layers: Sequence[tuple[Shape, Uses]], model_parameters: int, others: float, probe: torch.Tensor
+    budget: Budget, layers: Sequence[Layer], model_parameters: int, others: float, latency: Cost | None
 ) -> Limit:
     if budget.kind != "rank_ratio":
-        return limit_of(budget, layers, model_parameters, others, probe)
-    total = sum(parameters_at(shape, _uniform_rank(shape, budget.value)) for shape, _ in layers)
+        return limit_of(budget, layers, model_parameters, others, latency)
+    total = sum(parameters_at(layer.shape, _uniform_rank(layer.shape, budget.value)) for layer in layers)
     return Limit(total, parameters, lambda total: total)
 
 
@@ -209,14 +165,14 @@ def _bounded(
     uniform: int | None,
     cost: Callable[[Shape, int | None], float],
     spread: Spread,
-    spectrum: Callable[[str], Tensor] | None,
+    spectrum: Spectrum | None,
     name: str,
 ) -> Choices:
     """The choices of a layer with their losses, between the floor and the cap around its uniform rank."""
     saving = [rank for rank in each.ranks if rank is not None]
     around = max(saving, default=1) if uniform is None else uniform
     least, most = spread.floor * around, spread.cap * around
-    values = None if spectrum is None else spectrum(name).tolist()
+    values = None if spectrum is None else spectrum(name)
     return layer_choices(each.shape, cost, saving, least, most, values, kept=each.costs[-1])
 
 

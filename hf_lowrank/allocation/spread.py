@@ -32,11 +32,7 @@ class Spread:
 
     def __post_init__(self) -> None:
         get_allocation(self.allocation)
-        if (self.align is not None and self.align < 1) or not 0 <= self.floor <= 1 or self.cap < 1:
-            raise LowRankError(
-                f"align must be at least 1, floor in [0, 1] and cap at least 1; they are {self.align}, {self.floor} "
-                f"and {self.cap}"
-            )
+        check_bounds(self.align, self.floor, self.cap)
 
     def ranks(self, shape: Shape) -> Sequence[int]:
         """The ranks that a layer [out, in] may have, ascending."""
@@ -46,3 +42,15 @@ class Spread:
         if self.allocation == "uniform" or largest < ALIGNED_FROM:
             return range(1, largest + 1)
         return [*range(1, ALIGN), *range(ALIGN, largest + 1, ALIGN)]
+
+
+def check_bounds(align: int | None, floor: float, cap: float | None) -> None:
+    """Raise where a bound is out of range; `cap` None is no bound.
+
+    Raises:
+        LowRankError: the message says the ranges and the values.
+    """
+    if (align is not None and align < 1) or not 0 <= floor <= 1 or (cap is not None and cap < 1):
+        raise LowRankError(
+            f"align must be at least 1, floor in [0, 1] and cap at least 1; they are {align}, {floor} and {cap}"
+        )

@@ -1,33 +1,27 @@
 """The one place that edits a model: its targeted linears become low-rank factors, one at a time."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import Profile, Ranks, allocate, check_budget
+from hf_lowrank.allocation import Profile, Ranks, Spectrum, allocate, check_budget
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.forms import converted
+from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.solution import LayerSolver, kept_report
-from hf_lowrank.compression.uses import uses_for
+from hf_lowrank.compression.uses import layers_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.targets import (
-    check_weights,
-    dense_parameters,
-    factorized_layers,
-    find_targets,
-    weight_shape,
-)
+from hf_lowrank.model.targets import Target, check_weights, dense_parameters, factorized_layers, find_targets
 from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts, submodule
-from hf_lowrank.nn.layers_lowrank import LowRankLinear, is_convolution, is_embedding
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
@@ -69,16 +63,17 @@ def compress(
     model = unwrapped(model)
     targets = checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
-    before, now, started = dense_parameters(model), model.num_parameters(), time.perf_counter()
-    earlier = earlier_steps(model)
+    earlier, started = earlier_steps(model), time.perf_counter()
+    before, now = dense_parameters(model), model.num_parameters()
     left = unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
 
     def decide() -> Ranks:
-        weighed = {name: module for name, module in targets.items() if name not in left}
-        uses = uses_for(config.budget, model, weighed)
-        rest: Any = (config.budget, config.spread, spectrum, profile, config.form, before - now, uses)
-        return allocate(weighed, before, *rest)
+        weighed = {name: target for name, target in targets.items() if name not in left}
+        layers = layers_for(config.budget, model, weighed)
+        latency = latency_for(config.budget, weighed, layers)
+        rest: Any = (config.budget, config.spread, spectrum, profile, config.form, before - now, latency)
+        return allocate(layers, before, *rest)
 
     decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
@@ -92,7 +87,8 @@ def compress(
     if statistics is not None and config.needs:
         described = {"samples": statistics.samples, "labels": statistics.labels, "origin": statistics.origin}
     seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
-    rest = tuple(kept_report(name, layer) for name, layer in factorized_layers(model).items() if name not in layers)
+    others = {name: layer for name, layer in factorized_layers(model).items() if name not in layers}
+    rest = tuple(kept_report(Target.of(name, layer)) for name, layer in others.items())
     report = CompressionReport(
         asdict(config), before, model.num_parameters(), seconds, ordered, described, earlier, untouched=rest
     )
@@ -100,7 +96,7 @@ def compress(
     return model, report
 
 
-def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, nn.Module]:
+def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[str, Target]:
     """The layers to factorize, once it is known that they can be: before anything is measured for it.
 
     Raises:
@@ -113,7 +109,7 @@ def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[s
         )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
-    if config.form != "factors" and any(is_embedding(m) or is_convolution(m) for m in targets.values()):
+    if config.form != "factors" and any(target.kind in ("embedding", "convolution") for target in targets.values()):
         raise LowRankError(
             f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
         )
@@ -128,8 +124,8 @@ def check_possible(model: PreTrainedModel, config: CompressionConfig) -> None:
     """
     targets, before = checked_targets(model, config), dense_parameters(model)
     saved = before - model.num_parameters()
-    uses = uses_for(config.budget, model, targets)
-    check_budget(targets, before, config.budget, config.spread, config.form, saved, uses)
+    layers = layers_for(config.budget, model, targets)
+    check_budget(layers, before, config.budget, config.spread, config.form, saved)
 
 
 def present_share(model: PreTrainedModel, config: CompressionConfig, statistics: Statistics | None) -> float:
@@ -140,7 +136,7 @@ def present_share(model: PreTrainedModel, config: CompressionConfig, statistics:
     """
     targets = checked_targets(model, config)
     left = unreached(targets, statistics)
-    reports = [kept_report(name, layer) for name, layer in targets.items() if name not in left]
+    reports = [kept_report(target) for name, target in targets.items() if name not in left]
     return sum(report.parameters_after for report in reports) / sum(report.parameters_before for report in reports)
 
 
@@ -152,7 +148,7 @@ def earlier_steps(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
     return ({"parameters_after": model.num_parameters()},) if factorized_layers(model) else ()
 
 
-def unreached(targets: dict[str, nn.Module], statistics: Statistics | None) -> set[str]:
+def unreached(targets: Mapping[str, Target], statistics: Statistics | None) -> set[str]:
     """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense."""
     found = {name for name in targets if statistics is not None and not statistics.reach(name)}
     if found == targets.keys():
@@ -173,8 +169,8 @@ def _replace_layers(
 ) -> dict[str, LayerReport]:
     """Put factors in the place of every layer that has a rank; each process solves its share."""
     targets = solver.targets
-    layers = {name: kept_report(name, targets[name]) for name, rank in ranks.items() if rank is None}
-    costs = {name: estimated_cost(weight_shape(targets[name])) for name in ranks if name not in layers}
+    layers = {name: kept_report(targets[name]) for name, rank in ranks.items() if rank is None}
+    costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
 
     def solve(name: str) -> Result:
         low_rank, layer = solver.low_rank(name, ranks[name] or 1)
@@ -183,7 +179,9 @@ def _replace_layers(
     with bar(f"factorizing by {config.method}", len(costs), "layers", progress) as shown:
         kept = work.store("factors") if work is not None else None
         for name, (factors, facts) in divided(costs, solve, kept):
-            replace_module(model, name, placed_like(targets.pop(name), factors))  # and the dense layer can be freed
+            replace_module(
+                model, name, placed_like(targets.pop(name).module, factors)
+            )  # and the dense layer can be freed
             layers[name] = LayerReport.from_dict(facts)
             shown.update()
     restack_experts(model)
@@ -197,17 +195,17 @@ def _replace_layers(
     return layers
 
 
-def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Callable[[str], Tensor]:
+def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Spectrum:
     """Spectra by name: those of all layers, divided among the processes, when the first one is asked for."""
-    costs = {name: estimated_cost(weight_shape(module)) for name, module in solver.targets.items()}
-    known: dict[str, Tensor] = {}
+    costs = {name: estimated_cost(target.shape) for name, target in solver.targets.items()}
+    known: dict[str, list[float]] = {}
 
-    def spectrum(name: str) -> Tensor:
+    def spectrum(name: str) -> list[float]:
         if not known:
             with bar("weighing", len(costs), "layers", progress) as shown:
                 kept = work.store("spectra") if work is not None else None
                 for each, (tensors, _) in divided(costs, lambda name: ({"spectrum": solver.spectrum(name)}, {}), kept):
-                    known[each] = tensors["spectrum"]
+                    known[each] = tensors["spectrum"].tolist()
                     shown.update()
         return known[name]
 
@@ -221,9 +219,7 @@ def _decided(decide: Callable[[], Ranks], work: Work | None) -> Ranks:
     return agreed(decide())
 
 
-def layer_solver(
-    targets: dict[str, nn.Module], config: CompressionConfig, statistics: Statistics | None
-) -> LayerSolver:
+def layer_solver(targets: dict[str, Target], config: CompressionConfig, statistics: Statistics | None) -> LayerSolver:
     """What factorizes the targets one at a time, once the statistics are known to be theirs.
 
     Raises:

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from hf_lowrank.allocation.budget import BUDGETS, Budget, parse_count
+from hf_lowrank.allocation.costs import PLAIN_ONLY
 from hf_lowrank.allocation.rules import get_allocation
-from hf_lowrank.allocation.spread import Spread
+from hf_lowrank.allocation.spread import Spread, check_bounds
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.solvers.family import DEFAULT_GAUGE, GAUGE_NAMES, METHODS, check_optimizer, get_method
@@ -65,6 +66,7 @@ class CompressionConfig:
         method = get_method(self.method)
         if self.allocation is None:
             object.__setattr__(self, "allocation", method.allocation)
+        get_allocation(self.allocation or "")
         if all(getattr(self, kind) is None for kind in BUDGETS):
             object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
         if self.optimizer is not None:
@@ -78,11 +80,17 @@ class CompressionConfig:
             raise LowRankError(f"unknown gauge {self.gauge!r}; there are {', '.join(GAUGE_NAMES)}")
         if self.gauge != DEFAULT_GAUGE and self.form != FORM_NAMES[0]:
             raise LowRankError(f"the {self.form} form has a basis of its own: leave out the gauge {self.gauge!r}")
-        _ = self.budget, self.spread  # raise where they are out of range
+        if self.budget.kind == "latency" and self.form != FORM_NAMES[0]:
+            raise LowRankError(PLAIN_ONLY)
+        check_bounds(self.align, self.floor, self.cap)
 
     @property
     def budget(self) -> Budget:
-        """The budget that was given."""
+        """The budget that was given.
+
+        Raises:
+            LowRankError: several were given, or its value is out of range.
+        """
         given = {kind: value for kind in BUDGETS if (value := getattr(self, kind)) is not None}
         if len(given) > 1:
             raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")

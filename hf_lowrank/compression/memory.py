@@ -1,7 +1,7 @@
 """What a job will take → bytes for each process, known before it starts, and a refusal where there are fewer."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -9,14 +9,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.locating import resolve
-from hf_lowrank.model.targets import find_targets, weight_shape
-from hf_lowrank.nn.experts_lowrank import unstacked_names
-from hf_lowrank.nn.layers_lowrank import is_convolution, is_embedding
+from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
 from hf_lowrank.statistics.names import ALTERNATING, passes
 from hf_lowrank.tasks import Task
@@ -64,50 +61,46 @@ def estimate_memory(
         LowRankError: as `find_targets`.
     """
     targets = find_targets(model, include, exclude)
-    shapes = [weight_shape(module) for module in targets.values()]
+    layers = list(targets.values())
     size = next(model.parameters()).element_size()
     vocabulary = getattr(model.get_output_embeddings(), "out_features", 0)
-    shares = _routed_shares(model)
-    width = sum(_width(module) * shares.get(name, 1.0) for name, module in targets.items())
+    visited = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    width = sum(_width(layer) * _routed_share(layer, visited) for layer in layers)
     activations = round(tokens * (2 * size * width + 3 * 4 * vocabulary))
-    patches = 4 * tokens * max((weight_shape(m)[1] for m in targets.values() if is_convolution(m)), default=0)
-    gradient = 2 * 4 * max(map(prod, shapes)) if kinds else 0
-    solving = max(factorization_bytes(weight_shape(m), is_embedding(m)) for m in targets.values())
+    patches = 4 * tokens * max((layer.shape[1] for layer in layers if layer.kind == "convolution"), default=0)
+    gradient = 2 * 4 * max(prod(layer.shape) for layer in layers) if kinds else 0
+    solving = max(factorization_bytes(layer.shape, layer.kind == "embedding") for layer in layers)
     workspace = max(activations + gradient + patches, solving)
     return MemoryEstimate(
         _bytes(model.parameters()) + _bytes(model.buffers()), statistics_bytes(targets, kinds), workspace
     )
 
 
-def statistics_bytes(targets: dict[str, nn.Module], kinds: Sequence[str]) -> int:
+def statistics_bytes(targets: Mapping[str, Target], kinds: Sequence[str]) -> int:
     """Of the sums of these kinds, and of those that they need, in float32. Factors that take turns lie there twice."""
     total = 0
     for kind in {kind for part in passes(kinds) for kind in part}:
         sums = {}
-        for name, module in targets.items():
-            _, in_features = weight_shape(module)
+        for name, target in targets.items():
             beside, _, last = name.rpartition(".")
-            may_share = KINDS[kind].of_input and not is_convolution(module)
-            key = (beside, in_features) if may_share and not last.isdigit() else name  # each expert has its own tokens
-            sums[key] = 4 * prod(sum_shape(kind, module))
+            may_share = KINDS[kind].of_input and target.kind != "convolution" and not last.isdigit()
+            key = (beside, target.shape[1]) if may_share else name  # each expert has its own tokens
+            sums[key] = 4 * prod(sum_shape(kind, target))
         total += sum(sums.values()) * (2 if kind in ALTERNATING else 1)
     return total
 
 
-def _routed_shares(model: PreTrainedModel) -> dict[str, float]:
-    """The share of the tokens that a layer of stacked experts sees, where the config says how many a token visits."""
-    visited = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
-    return {
-        name: min(1.0, visited / experts.num_experts) if visited else 1.0
-        for name, experts in unstacked_names(model).items()
-    }
+def _routed_share(target: Target, visited: int | None) -> float:
+    """The share of the tokens that a layer sees, all but of stacked experts of which each token is `visited` few."""
+    experts: Any = target.owner
+    return 1.0 if experts is None or not visited else min(1.0, visited / experts.num_experts)
 
 
-def _width(module: nn.Module) -> int:
+def _width(target: Target) -> int:
     """The numbers that a layer reads and gives for one token or position."""
-    out_features, in_features = weight_shape(module)
-    channels: Any = module.in_channels if is_convolution(module) else in_features
-    return out_features + channels
+    out_features, in_features = target.shape
+    read: Any = target.module.in_channels if target.kind == "convolution" else in_features
+    return out_features + read
 
 
 def factorization_bytes(shape: tuple[int, int], embedding: bool = False) -> int:

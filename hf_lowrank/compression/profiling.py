@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from hf_lowrank.allocation import Profile, ranks_below, saves_parameters
 from hf_lowrank.compression.compress import layer_solver
 from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.uses import as_layer
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import from_everyone, shared_errors, summed
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.targets import find_targets, unstacked, weight_shape
+from hf_lowrank.model.targets import find_targets, unstacked
 from hf_lowrank.model.weights import unwrapped
 from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.statistics import Statistics
@@ -48,8 +49,8 @@ def profile_losses(
     batches = _with_labels(model, loader)
     targets = find_targets(model, config.include, config.exclude)
     solver = layer_solver(targets, config, statistics)
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
-    ranks = {name: _ranks(shape, ratios, ranks_below(targets[name], config.spread)) for name, shape in shapes.items()}
+    layers = {name: as_layer(target) for name, target in targets.items()}
+    ranks = {name: _ranks(layer.shape, ratios, ranks_below(layer, config.spread)) for name, layer in layers.items()}
     profile: Profile = {name: {} for name in targets}
     with unstacked(model, targets), bar("profiling", sum(map(len, ranks.values())), "ranks", progress) as shown:
         losses = sample_losses_of(model, batches)

@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lowrank.allocation import parameters
 from hf_lowrank.compression.report import LayerReport
-from hf_lowrank.model.targets import rank_of, weight_shape
+from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
@@ -23,7 +23,7 @@ class LayerSolver:
     `gauge` is the basis of the inner channels, a name in `GAUGES`.
     """
 
-    targets: dict[str, nn.Module]
+    targets: dict[str, Target]
     method: Method
     statistics: Statistics | None
     optimizer: str | None = None
@@ -37,7 +37,7 @@ class LayerSolver:
         weight = self._weight(name)
         objective = self._objective(name, weight.device)
         spectrum = objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
-        rank = rank_of(self.targets[name])
+        rank = self.targets[name].rank
         if rank is not None:
             spectrum[rank:] = 0  # but for rounding
         return spectrum
@@ -46,33 +46,33 @@ class LayerSolver:
     def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:
         """The layer as factors of a rank, in its own dtype, and what they cost and lose."""
         started = time.perf_counter()
-        linear, weight = self.targets[name], self._weight(name)
+        target, weight = self.targets[name], self._weight(name)
         objective = self._objective(name, weight.device)
+        unit, fisher_cosine = self._loss_per_error(name, objective), self._fisher_cosine(name)
         factors = objective.factorize(weight, rank)
         chosen = GAUGES[self.gauge](factors, objective.two_sided())
-        with readable(linear):
-            low_rank = layer_class_for(linear).from_factors(linear, chosen.up, chosen.down)
+        with readable(target.module):
+            low_rank = layer_class_for(target.module).from_factors(target.module, chosen.up, chosen.down)
         up, down = low_rank.matrices()
         stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
         delta = weight - stored[0] @ stored[1]
-        error, unit = objective.error(delta), self._loss_per_error(name, objective)
-        shape = weight_shape(linear)
+        error = objective.error(delta)
         return low_rank, LayerReport(
             name,
-            *shape,
+            *target.shape,
             rank,
-            parameters(shape, None),
-            parameters(shape, rank),
+            parameters(target.shape, None),
+            parameters(target.shape, rank),
             relative_error=_root_ratio(delta.square().sum(), weight.square().sum()),
             weighted_error=_root_ratio(error, objective.error(weight)),
             expected_loss=None if unit is None else float(error) * unit / 2,
             seconds=time.perf_counter() - started,
             trace=factors.trace,
-            fisher_cosine=self._fisher_cosine(name),
+            fisher_cosine=fisher_cosine,
         )
 
     def _weight(self, name: str) -> Tensor:
-        weight = whole_weight(self.targets[name])
+        weight = whole_weight(self.targets[name].module)
         return weight.to(solving_device(weight)).float()
 
     def _objective(self, name: str, device: torch.device) -> Objective:
@@ -89,8 +89,8 @@ class LayerSolver:
             return self.statistics.curvature
         if not self.statistics.has("fisher_rows"):
             return None
-        rows, shape = self.statistics.mean("fisher_rows", name), weight_shape(self.targets[name])
-        return loss_per_error(objective, rows, shape) * self.statistics.curvature
+        rows = self.statistics.mean("fisher_rows", name)
+        return loss_per_error(objective, rows, self.targets[name].shape) * self.statistics.curvature
 
     def _fisher_cosine(self, name: str) -> float | None:
         """How close the method's factors come to the Fisher information, if the method measures that."""
@@ -99,13 +99,13 @@ class LayerSolver:
         return self.statistics.fisher_cosine(name)
 
 
-def kept_report(name: str, layer: nn.Module) -> LayerReport:
+def kept_report(target: Target) -> LayerReport:
     """The report of a layer that stays as it is."""
-    shape, rank = weight_shape(layer), rank_of(layer)
-    size = parameters(shape, None)
-    if not isinstance(layer, LowRankLayer):
-        return LayerReport(name, *shape, None, size, size, note="factors save nothing")
-    return LayerReport(name, *shape, rank, size, layer.num_parameters(), note="stays at its rank")
+    size = parameters(target.shape, None)
+    if not isinstance(target.module, LowRankLayer):
+        return LayerReport(target.name, *target.shape, None, size, size, note="factors save nothing")
+    left = target.module.num_parameters()
+    return LayerReport(target.name, *target.shape, target.rank, size, left, note="stays at its rank")
 
 
 def _root_ratio(error: Tensor, whole: Tensor) -> float:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import load_low_rank
 from hf_lowrank.jobs.files import atomic_folder, held, refuse_existing
+from hf_lowrank.model.dense import dense_layer, refuse_wrapped_factors
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
 from hf_lowrank.nn.editing_lowrank import restack_experts, unstack_experts
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankConv, LowRankLayer, LowRankLinear, as_stored
+from hf_lowrank.nn.layers_lowrank import LowRankLayer
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 OURS = {
@@ -41,14 +41,14 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, LowRankMixin):
         raise LowRankError(f"{type(model).__name__} is not a low-rank model: there is nothing to densify")
-    _refuse_wrapped_factors(model)
+    refuse_wrapped_factors(model)
     base_layers = dict(_skeleton(model).named_modules(remove_duplicate=False))
     done: dict[int, nn.Module] = {}  # by the identity of what they replace, for shared layers
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, LowRankLayer):
             continue
         if id(layer) not in done:
-            done[id(layer)] = _dense_layer(layer, like=base_layers[name])
+            done[id(layer)] = dense_layer(layer, like=base_layers[name])
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, done[id(layer)])
     restack_experts(model)
@@ -76,27 +76,6 @@ def densify_folder(folder: str | Path, output: str | Path, overwrite: bool = Fal
             _copy_other_files(folder, whole)
             model.save_pretrained(whole)
     return model
-
-
-def _dense_layer(layer: LowRankLayer, like: nn.Module) -> nn.Module:
-    """The product of the factors as a layer of the kind of `like`, which may lie on the meta device."""
-    with torch.no_grad():
-        up, down = layer.matrices()
-        weight = (up.float() @ down.float()).to(up.dtype)
-    bias = getattr(layer, "bias", None)
-    with torch.device("meta"):
-        if isinstance(like, nn.Embedding):
-            dense: nn.Module = nn.Embedding(layer.in_features, layer.out_features, like.padding_idx)
-        elif isinstance(like, CONVOLUTIONS):
-            dense = copy.deepcopy(like)
-        elif isinstance(like, Conv1D):
-            dense = Conv1D(layer.out_features, layer.in_features)
-        else:
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None)
-    dense.weight = nn.Parameter(as_stored(like, weight).contiguous(), requires_grad=up.requires_grad)
-    if bias is not None:
-        dense.bias = bias
-    return dense.train(layer.training)
 
 
 def _skeleton(model: LowRankMixin) -> nn.Module:
@@ -127,18 +106,6 @@ def _to_base_config(config: Any) -> None:
     config.__class__ = config.base_config_class
     for key in ("ranks", "forms", "auto_map"):
         vars(config).pop(key, None)
-
-
-def _refuse_wrapped_factors(model: nn.Module) -> None:
-    factor: Any
-    for name, layer in model.named_modules():
-        if isinstance(layer, (LowRankLinear, LowRankConv)):
-            for factor in layer.linear_factors():
-                if type(factor) not in (nn.Linear, *CONVOLUTIONS) or not factor.weight.is_floating_point():
-                    raise LowRankError(
-                        f"{name} has a factor of the kind {type(factor).__name__}, quantized or wrapped: densify a "
-                        "model before quantizing it, and after merging its adapters"
-                    )
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

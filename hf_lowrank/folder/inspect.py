@@ -15,7 +15,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.model.layer_names import is_expert_layer, kind_of, place_of
-from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 Layer = dict[str, Any]  # its sizes, parameters and rank, None where it is dense
@@ -70,7 +70,7 @@ def _factorized(model: LowRankMixin) -> dict[str, Layer]:
 def _dense(model: LowRankMixin, record: Mapping[str, Any] | None) -> dict[str, Layer]:
     """The layers that were left dense, and some that are factorized."""
     try:
-        shapes = {name: weight_shape(module) for name, module in find_targets(model).items()}
+        shapes = {name: target.shape for name, target in find_targets(model).items()}
     except LowRankError:  # there is none left
         shapes = {}
     for layer in (record or {}).get("layers", ()):

@@ -1,10 +1,12 @@
-"""Which linear layers of a model to factorize: model + name patterns → {name: module}."""
+"""Which layers of a model to factorize: model + name patterns → {name: Target}."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
+from typing import Literal
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -14,10 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.checks import check_model
+from hf_lowrank.model.layer_names import is_expert_layer
 from hf_lowrank.model.weights import is_sharded, whole_weight
 from hf_lowrank.nn.editing_lowrank import replace_by_identity, tied_layers
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, unstacked_names
-from hf_lowrank.nn.layers_lowrank import CONVOLUTIONS, LowRankLayer, dense_weight, is_convolution, is_embedding
+from hf_lowrank.nn.layers_lowrank import (
+    CONVOLUTIONS,
+    LowRankLayer,
+    LowRankLinear,
+    dense_weight,
+    is_convolution,
+    is_embedding,
+)
 
 PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, in transformers: they only round in another order
 
@@ -26,9 +36,48 @@ PATTERN_SYNTAX = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A layer to factorize, dense or factorized already.
+
+    Args:
+        name: of the module in the model, or the one that it gets when stacked experts are unstacked.
+        module: the layer. Of stacked experts it is a view of their slice, which is no module of the model as yet.
+        shape: (out, in) of its weight, as `weight_shape` gives it.
+        kind: "expert" is a linear layer of one expert among several.
+        owner: the stacked experts that it is a slice of; None for a module of the model.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+    kind: Literal["linear", "embedding", "convolution", "expert"]
+    owner: nn.Module | None = None
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, owner: nn.Module | None = None) -> "Target":
+        """The target that a layer is."""
+        shape = weight_shape(module)
+        if is_embedding(module):
+            return cls(name, module, shape, "embedding")
+        if is_convolution(module):
+            return cls(name, module, shape, "convolution")
+        return cls(name, module, shape, "expert" if is_expert_layer(name) else "linear", owner)
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of a layer that is factorized already, None of a dense one."""
+        return self.module.rank if isinstance(self.module, LowRankLayer) else None
+
+    @property
+    def form(self) -> str:
+        """The form that its factors have, if it is factorized already (see `FORMS`)."""
+        return self.module.form if isinstance(self.module, LowRankLinear) else LowRankLinear.form
+
+
 def find_targets(
     model: PreTrainedModel, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> dict[str, nn.Module]:
+) -> dict[str, Target]:
     """The layers to factorize, by name, a shared layer once, under its first name.
 
     Without `include` these are the linears inside the transformer blocks, and all layers that are factorized already;
@@ -39,6 +88,11 @@ def find_targets(
 
     Every projection of an expert whose weights are stacked is a linear layer, such as `experts.gate_up_proj.3`: a view
     of its slice, which is no module of the model as yet (see `unstacked`).
+
+    Args:
+        model: a transformers model, which is left as it is.
+        include: name patterns, shell globs over the dotted name or its last parts; None for the default above.
+        exclude: name patterns of layers to leave out.
 
     Raises:
         LowRankError: a pattern names no such layer, nothing is left, or stacked experts are offloaded or sharded; or as
@@ -57,26 +111,33 @@ def find_targets(
     else:
         kept = {name for name in candidates if name in factorized or name.startswith(blocks)}
     dropped = {name for pattern in exclude or () for name in _matches(pattern, candidates)}
-    targets = {name: module for name, module in candidates.items() if name in kept - dropped}
-    if not targets:
+    chosen = {name: module for name, module in candidates.items() if name in kept - dropped}
+    if not chosen:
         nameable = _counted(candidates if include else candidates | _chosen_by_name(model))
         raise LowRankError(
             f"{type(model).__name__} has no linear layer to factorize{'' if include else ' inside of a block'}: "
             f"{len(kept)} were chosen, {len(dropped)} excluded; include chooses by name, from {nameable}"
         )
-    return targets | _views({name: stacked[name] for name in targets if name in stacked})
+    chosen |= _views({name: stacked[name] for name in chosen if name in stacked})
+    return {name: Target.of(name, module, stacked.get(name)) for name, module in chosen.items()}
+
+
+def tied_targets(model: nn.Module, embedding: Target) -> list[Target]:
+    """The layers whose weight is tied to that of an embedding, none for another target."""
+    names = tied_layers(model, embedding.name) if embedding.kind == "embedding" else ()
+    return [Target.of(name, model.get_submodule(name)) for name in names]
 
 
 @contextmanager
-def unstacked(model: nn.Module, targets: Mapping[str, nn.Module]) -> Iterator[None]:
+def unstacked(model: nn.Module, targets: Mapping[str, Target]) -> Iterator[None]:
     """Within the block, stacked experts are layers of their own where some are targets, which then are in the model."""
     made: dict[nn.Module, UnstackedExperts] = {}
-    for name, experts in unstacked_names(model).items():
-        if name in targets:
-            if experts not in made:
-                made[experts] = UnstackedExperts(experts)
-            projection, number = name.split(".")[-2:]
-            getattr(made[experts], projection)[int(number)] = targets[name]
+    for target in targets.values():
+        if target.owner is not None:
+            if target.owner not in made:
+                made[target.owner] = UnstackedExperts(target.owner)
+            projection, number = target.name.split(".")[-2:]
+            getattr(made[target.owner], projection)[int(number)] = target.module
     try:
         replace_by_identity(model, made)
         yield
@@ -92,11 +153,6 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
-def rank_of(module: nn.Module) -> int | None:
-    """The rank of a layer that is factorized already, None of a dense one."""
-    return module.rank if isinstance(module, LowRankLayer) else None
-
-
 def dense_parameters(model: PreTrainedModel) -> int:
     """The parameters of a model with every factorized layer dense, as it was before it was compressed."""
     layers = factorized_layers(model).values()
@@ -110,14 +166,14 @@ def factorized_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     return {name: layer for name, layer in layers.items() if f"{name}.up.weight" not in ties}
 
 
-def check_weights(targets: dict[str, nn.Module]) -> None:
+def check_weights(targets: Mapping[str, Target]) -> None:
     """Raise where a weight is not there, or not finite.
 
     Raises:
         LowRankError: the module is named, with the number of its bad weights.
     """
-    for name, module in targets.items():
-        weight = whole_weight(module)
+    for name, target in targets.items():
+        weight = whole_weight(target.module)
         if weight.is_meta:
             raise LowRankError(f"{name} is on the meta device, without a weight: load the model by from_pretrained")
         bad = int((~torch.isfinite(weight)).sum())

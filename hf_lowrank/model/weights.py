@@ -73,9 +73,10 @@ def solving_device(weight: Tensor) -> torch.device:
 
 def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
     """A low-rank layer of `factors` (`up` and `down`) in place of `linear`: offloaded to main memory if that was."""
+    offloaded = _offloaded_parts(linear)
     with readable(linear):
         layer = layer_class_for(linear).from_factors(linear, factors["up"], factors["down"])
-    if offloaded := _offloaded_parts(linear):
+    if offloaded:
         hook: Any = offloaded[0]._hf_hook
         cpu_offload(layer, hook.execution_device)
     return layer

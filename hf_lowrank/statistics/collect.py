@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
@@ -16,9 +16,8 @@ from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, from_everyone, on_main, shared_errors, summed
 from hf_lowrank.jobs.interrupts import Stopped, undivided
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.model.targets import check_weights, find_targets
+from hf_lowrank.model.targets import Target, check_weights, find_targets
 from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
-from hf_lowrank.nn.layers_lowrank import is_embedding
 from hf_lowrank.statistics.batches import Batch, Split, batch_size, selected
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
@@ -173,9 +172,9 @@ def _at_most(count: int) -> str:
     return str(count) if count <= 2 else f"at most {count}"
 
 
-def _refuse_embeddings(targets: dict[str, nn.Module], kinds: Sequence[str]) -> None:
+def _refuse_embeddings(targets: dict[str, Target], kinds: Sequence[str]) -> None:
     dense = [kind for kind in kinds if KINDS[kind].dense]
-    embeddings = [name for name, module in targets.items() if is_embedding(module)]
+    embeddings = [name for name, target in targets.items() if target.kind == "embedding"]
     if dense and embeddings:
         raise LowRankError(f"{embeddings[0]}: {dense[0]} cannot be measured of an embedding; take another method")
 
@@ -193,7 +192,7 @@ class _Pass:
     def __init__(
         self,
         model: PreTrainedModel,
-        targets: dict[str, nn.Module],
+        targets: dict[str, Target],
         kinds: Sequence[str],
         given: Statistics | None,
         device: torch.device | None,
@@ -328,7 +327,7 @@ class _Pass:
         if counts[0] == 0:
             known = "none of them has a label" if counts[3] else "the data are empty"
             raise LowRankError(f"there are no samples to measure statistics on: {known}")
-        weights = {name: digest(module) for name, module in self.targets.items()}
+        weights = {name: digest(target.module) for name, target in self.targets.items()}
         samples, tokens, labels, _ = counts.tolist()
         regression = any(from_everyone(self.regression))  # a process without samples cannot know
         curvature = self.source.curvature(regression, loss / samples, labels / samples)
@@ -381,10 +380,10 @@ class _Pass:
 
     def _empty(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-        for name, module in self.targets.items():
+        for name, target in self.targets.items():
+            device = self.device or sums_device(target.module)
             for kind in kinds:
-                shape = sum_shape(kind, module)
-                sums[kind][name] = torch.zeros(shape, dtype=torch.float32, device=self.device or sums_device(module))
+                sums[kind][name] = torch.zeros(sum_shape(kind, target), dtype=torch.float32, device=device)
         return sums
 
 

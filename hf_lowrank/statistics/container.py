@@ -1,15 +1,17 @@
 """Statistics of a model's layers that know their unit, their sample count and where they come from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import atomic_folder, read_json, sha256_of, write_json
+from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import digest
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
 from hf_lowrank.statistics.kronecker import cosine
@@ -109,20 +111,20 @@ class Statistics:
         kinds = [kind for kind in self.sums if not KINDS[kind].of_input] or self.kinds
         return any(bool(self.sums[kind][name].any()) for kind in kinds if name in self.sums[kind])
 
-    def check(self, targets: dict[str, nn.Module], kinds: tuple[str, ...]) -> None:
+    def check(self, targets: Mapping[str, Target], kinds: tuple[str, ...]) -> None:
         """Raise unless every target has these kinds, measured on the very weight it has now.
 
         Raises:
             LowRankError: a kind is missing, or a module is unknown, has another shape or other weights.
         """
-        for name, module in targets.items():
+        for name, target in targets.items():
             for kind in kinds:
-                shape, expected = tuple(self.mean(kind, name).shape), sum_shape(kind, module)
+                shape, expected = tuple(self.mean(kind, name).shape), sum_shape(kind, target)
                 if shape != expected:
                     raise LowRankError(
                         f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?"
                     )
-            if kinds and self.weights.get(name) != digest(module):
+            if kinds and self.weights.get(name) != digest(target.module):
                 raise LowRankError(
                     f"{name}: the statistics were measured on other weights ({self._source()}); "
                     "measure them again on this model"

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_lowrank.model.targets import unstacked
-from hf_lowrank.nn.editing_lowrank import tied_layers
+from hf_lowrank.model.targets import Target, tied_targets, unstacked
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, projections, visits
-from hf_lowrank.nn.layers_lowrank import LowRankConv, is_convolution, is_embedding
 from hf_lowrank.statistics.losses import NotSeparable
-from hf_lowrank.statistics.patches import geometry, patches
+from hf_lowrank.statistics.patches import geometry, patches, reading
 
 Deliver = Callable[[str, Tensor, Tensor, Tensor], None]
 Read = Callable[[Hashable, tuple[str, ...], Tensor, Tensor], None]
@@ -44,16 +42,17 @@ class Recorder:
     rows: dict[nn.Module, "Rows"] = field(default_factory=dict)  # of the layers of experts, in their latest call
     convolutions: dict[str, nn.Module] = field(default_factory=dict)
 
-    def watch(self, name: str, module: nn.Module, tied_head: bool = False) -> torch.utils.hooks.RemovableHandle:
-        """Start recording a layer, until the handle is removed.
+    def watch(self, layer: Target, embedding: str | None = None) -> torch.utils.hooks.RemovableHandle:
+        """Start recording a layer, until the handle is removed: by its own name, or that of its tied `embedding`.
 
-        An embedding's inputs are its tokens [batch, tokens, 1], for one-hot vectors. A `tied_head` is recorded by the
-        name of the embedding whose weight it has: its output gradient takes the place of the input, at unit length as a
-        one-hot vector has, and its input that of the output gradient. A convolution's input is kept as it is until the
-        layer is delivered, and then cut into patches.
+        An embedding's inputs are its tokens [batch, tokens, 1], for one-hot vectors. Of a head that is tied to one the
+        output gradient takes the place of the input, at unit length as a one-hot vector has, and its input that of the
+        output gradient. A convolution's input is kept as it is until the layer is delivered, and then cut into patches.
         """
-        if is_convolution(module):
-            self.convolutions[name] = module.down if isinstance(module, LowRankConv) else module
+        name, looks_up = embedding or layer.name, layer.kind == "embedding"
+        tied_head = embedding is not None and not looks_up
+        if layer.kind == "convolution":
+            self.convolutions[name] = reading(layer.module)
 
         def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
@@ -62,10 +61,10 @@ class Recorder:
             if not output.requires_grad:  # the first layer on its path: the graph begins here
                 output = replaced = output.detach().requires_grad_().clone()
             self.calls[name] += 1
-            key = self._key(name, module, args[0], alone=tied_head or is_embedding(module))
+            key = self._key(name, args[0], alone=tied_head or looks_up)
             self.readers[key] = (*self.readers.get(key, ()), name)
             x = args[0].detach()
-            if is_embedding(module):
+            if looks_up:
                 x = x[..., None]
             rows = self.rows.get(module)
             if rows is not None:
@@ -76,7 +75,7 @@ class Recorder:
                 output.register_hook(lambda g: self._arrive(name, key, x, g))
             return replaced
 
-        return module.register_forward_hook(forward_hook)
+        return layer.module.register_forward_hook(forward_hook)
 
     def watch_routing(self, experts: UnstackedExperts) -> torch.utils.hooks.RemovableHandle:
         """Note which samples' tokens reach each expert, until the handle is removed."""
@@ -108,15 +107,15 @@ class Recorder:
             x, g, largest = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
             self.deliver(name, x, g, largest)
 
-    def _key(self, name: str, module: nn.Module, tensor: Tensor, alone: bool) -> Hashable:
+    def _key(self, name: str, tensor: Tensor, alone: bool) -> Hashable:
         """Equal for calls of two layers only if they read one tensor, not written to in between, in the same way.
 
         A layer `alone` shares with nobody: an embedding and its tied head keep something else than what they read.
         """
         if tensor not in self.numbers:
             self.numbers[tensor] = next(self.counter)
-        reading = geometry(module) if is_convolution(module) else None
-        key = (self.numbers[tensor], tensor._version, reading, name if alone else None)
+        cut = geometry(self.convolutions[name]) if name in self.convolutions else None
+        key = (self.numbers[tensor], tensor._version, cut, name if alone else None)
         times = 0
         while name in self.readers.get((*key, times), ()):
             times += 1
@@ -177,7 +176,7 @@ def _one_hot(x: Tensor, size: int) -> Tensor:
 
 
 @contextmanager
-def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorder) -> Iterator[None]:
+def measuring(model: nn.Module, targets: dict[str, Target], recorder: Recorder) -> Iterator[None]:
     """Within the block `model` is in evaluation mode without parameter gradients, and `recorder` watches its targets.
 
     Stacked experts are unstacked where some of their layers are targets. Modes, `requires_grad`, hooks, config and
@@ -193,11 +192,9 @@ def measuring(model: nn.Module, targets: dict[str, nn.Module], recorder: Recorde
             model.eval()  # no dropout
             for parameter in trainable:
                 parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
-            for name, module in targets.items():
-                handles.append(recorder.watch(name, module))
-                for other in tied_layers(model, name) if is_embedding(module) else ():
-                    tied = model.get_submodule(other)
-                    handles.append(recorder.watch(name, tied, tied_head=not is_embedding(tied)))
+            for target in targets.values():
+                handles.append(recorder.watch(target))
+                handles += [recorder.watch(tied, embedding=target.name) for tied in tied_targets(model, target)]
             experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
             handles += [recorder.watch_routing(module) for module in experts]
             yield

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowrank.model.targets import weight_shape
-from hf_lowrank.nn.layers_lowrank import is_embedding
+from hf_lowrank.model.targets import Target
 from hf_lowrank.statistics.eigenbasis import eigenbasis
 from hf_lowrank.statistics.kronecker import (
     SKETCH,
@@ -57,11 +56,11 @@ class Kind:
         return KIND_NEEDS[self.name]
 
 
-def sum_shape(kind: str, module: nn.Module) -> tuple[int, ...]:
+def sum_shape(kind: str, target: Target) -> tuple[int, ...]:
     """The shape of the sum of a kind for a layer. An embedding's input moment is kept by its diagonal, counts."""
-    out_features, in_features = weight_shape(module)
-    shape = KINDS[kind].shape(out_features, in_features)
-    return (in_features,) if is_embedding(module) and kind == "activation_moment" else shape
+    out_features, in_features = target.shape
+    by_diagonal = target.kind == "embedding" and kind == "activation_moment"
+    return (in_features,) if by_diagonal else KINDS[kind].shape(out_features, in_features)
 
 
 def accumulate(kind: str, total: Tensor, x: Tensor, g: Tensor, context: Any = None) -> None:

@@ -23,6 +23,11 @@ def patches(conv: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return x.flatten(1 + dims).flatten(1, dims), g.flatten(2).mT
 
 
+def reading(layer: Any) -> Any:
+    """The convolution by which a layer reads its input: itself, or the first factor of one that is factorized."""
+    return getattr(layer, "down", layer)
+
+
 def geometry(conv: Any) -> tuple[Any, ...]:
     """What decides, besides its input, which patches a convolution reads."""
     return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode

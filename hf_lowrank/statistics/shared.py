@@ -4,9 +4,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lowrank.jobs.distributed import from_everyone, summed
+from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import sums_device
 from hf_lowrank.statistics.kinds import accumulate, active_tokens, completed, sum_shape
 
@@ -26,7 +27,7 @@ class InputSums:
     targeted layers that read it, or for none: it is active if the loss depends on what any of them makes of it.
     """
 
-    def __init__(self, kinds: Sequence[str], targets: dict[str, nn.Module], device: torch.device | None) -> None:
+    def __init__(self, kinds: Sequence[str], targets: dict[str, Target], device: torch.device | None) -> None:
         self.kinds, self.targets, self.device = kinds, targets, device
         self.cells: dict[str, _Cell] = {}
         self.waiting: dict[Hashable, tuple[tuple[str, ...], Tensor, list[Tensor]]] = {}
@@ -56,7 +57,7 @@ class InputSums:
     def restore(self, sums: dict[str, Tensor], members: list[list[str]]) -> None:
         """Go on from a `state`."""
         for n, names in enumerate(members):
-            device = self.device or sums_device(self.targets[names[0]])
+            device = self.device or sums_device(self.targets[names[0]].module)
             self._assign(names, {kind: sums[f"{n}/{kind}"].to(device, copy=True) for kind in self.kinds})
 
     def result(self) -> dict[str, dict[str, Tensor]]:
@@ -110,5 +111,5 @@ class InputSums:
 
     def _zeros(self, name: str) -> dict[str, Tensor]:
         target = self.targets[name]
-        device = self.device or sums_device(target)
+        device = self.device or sums_device(target.module)
         return {kind: torch.zeros(sum_shape(kind, target), device=device) for kind in self.kinds}

@@ -134,7 +134,7 @@ class _Bench:
         figures = self._measure(self.model) | {"calibration_loss": self._calibration_loss(self.model)}
         parameters = {"parameters": self.model.num_parameters(), "parameters_dense": dense_parameters(self.model)}
         layers = checked_targets(self.model, self.config.runs()[0])
-        reports = [kept_report(name, layer) for name, layer in layers.items()]
+        reports = [kept_report(target) for target in layers.values()]
         after, before = (sum(getattr(r, f"parameters_{when}") for r in reports) for when in ("after", "before"))
         share = {"targeted": after / before, "relative_latency": 1.0}
         return {"method": _reference_name(self.model), **parameters, **share, **figures}

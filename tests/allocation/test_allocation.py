@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.allocation import (
     ALLOCATIONS,
     Budget,
     ImpossibleBudget,
+    Layer,
     Ranks,
     Spread,
     allocate,
@@ -18,15 +18,14 @@ from hf_lowrank.allocation import (
     parse_count,
 )
 from hf_lowrank.allocation.choices import layer_choices
-from hf_lowrank.allocation.costs import ONCE
-from hf_lowrank.allocation.latency import measured_latency
+from hf_lowrank.compression.latency import measured_latency
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.solvers import loss_per_error
-from tests.helpers import tiny_bert, token_ids
+from tests.helpers import modules_of, tiny_bert, token_ids
 
 SHAPES = {"a": (8, 8), "b": (8, 16), "c": (16, 8)}  # (out, in)
 DENSE = 64 + 128 + 128
-LAYERS: dict[str, nn.Module] = {name: nn.Linear(shape[1], shape[0]) for name, shape in SHAPES.items()}
+LAYERS = {name: Layer(shape) for name, shape in SHAPES.items()}
 OTHERS = 100  # parameters of the rest of the model
 
 
@@ -112,7 +111,7 @@ def test_effective_ranks_share_in_proportion_to_the_entropy() -> None:
 
 
 def test_layers_of_one_type_move_together() -> None:
-    layers: dict[str, nn.Module] = {f"{n}.{kind}": nn.Linear(8, 8) for n in range(3) for kind in "qv"}
+    layers = {f"{n}.{kind}": Layer((8, 8)) for n in range(3) for kind in "qv"}
     weights = {name: torch.arange(8, 0, -1.0) * (2 + n if name.endswith("q") else 1) for n, name in enumerate(layers)}
     ranks = allocate(layers, 6 * 64, Budget("keep", 0.6), Spread("type-wise"), weights.__getitem__)
     assert len({ranks[f"{n}.q"] for n in range(3)}) == len({ranks[f"{n}.v"] for n in range(3)}) == 1
@@ -122,7 +121,7 @@ def test_layers_of_one_type_move_together() -> None:
 @pytest.mark.parametrize("allocation", ["uniform", "greedy", "type-wise", "effective-rank"])
 def test_ranks_are_multiples_within_the_same_budget(allocation: str) -> None:
     shapes = {"a": (64, 64), "b": (64, 256), "c": (256, 64)}
-    layers: dict[str, nn.Module] = {name: nn.Linear(shape[1], shape[0]) for name, shape in shapes.items()}
+    layers = {name: Layer(shape) for name, shape in shapes.items()}
     weights = {
         name: torch.rand(64, generator=torch.Generator().manual_seed(0)).sort(descending=True).values for name in shapes
     }
@@ -135,7 +134,7 @@ def test_ranks_are_multiples_within_the_same_budget(allocation: str) -> None:
 
 def test_ranks_are_aligned_by_default_where_that_is_faster() -> None:
     weights = {"a": torch.rand(64).sort(descending=True).values.double().exp().pow(8)} | {"b": torch.ones(63)}
-    layers: dict[str, nn.Module] = {"a": nn.Linear(256, 64), "b": nn.Linear(256, 63)}
+    layers = {"a": Layer((64, 256)), "b": Layer((63, 256))}
     size, budget = 256 * (64 + 63), Budget("keep", 0.5)
     for allocation in ("greedy", "type-wise", "effective-rank"):
         ranks = allocate(layers, size, budget, Spread(allocation), weights.__getitem__)
@@ -148,7 +147,7 @@ def test_ranks_are_aligned_by_default_where_that_is_faster() -> None:
 
 
 def test_the_smallest_budgets_can_be_met_by_aligned_ranks() -> None:
-    layers: dict[str, nn.Module] = {name: nn.Linear(64, 64) for name in "ab"}
+    layers = {name: Layer((64, 64)) for name in "ab"}
     weights = {"a": torch.ones(64).double(), "b": torch.ones(64).double() / 9}
     assert allocate(layers, 8192, Budget("rank_ratio", 0.05), Spread("greedy"), weights.__getitem__) == {"a": 5, "b": 1}
     bounds = Spread("greedy", floor=0.9, cap=1.1)  # around 13 lies no multiple of 8
@@ -156,7 +155,7 @@ def test_the_smallest_budgets_can_be_met_by_aligned_ranks() -> None:
 
 
 def test_layers_without_a_multiple_stay_dense() -> None:
-    layers: dict[str, nn.Module] = {"a": nn.Linear(64, 64), "b": nn.Linear(64, 6)}
+    layers = {"a": Layer((64, 64)), "b": Layer((6, 64))}
     for allocation in ("uniform", "greedy"):
         spread = Spread(allocation, align=8)
         ranks = allocate(layers, 4480, Budget("keep", 0.5), spread, lambda name: torch.ones(64 if name == "a" else 6))
@@ -164,7 +163,7 @@ def test_layers_without_a_multiple_stay_dense() -> None:
 
 
 def test_profiles_without_ranks_for_the_budget_are_refused() -> None:
-    layers: dict[str, nn.Module] = {"a": nn.Linear(64, 64), "head": nn.Linear(64, 1)}
+    layers = {"a": Layer((64, 64)), "head": Layer((1, 64))}
     profile: dict[str, dict[int, float]] = {"a": {8: 2.0, 16: 1.0}, "head": {}}  # no rank of the head saves anything
     size, spread = 64 * 65, Spread("knapsack")
     assert allocate(layers, size, Budget("keep", 0.6), spread, None, profile) == {"a": 16, "head": None}
@@ -176,7 +175,7 @@ def test_profiles_without_ranks_for_the_budget_are_refused() -> None:
 
 def test_floor_and_cap_bound_the_ranks_around_the_uniform_one() -> None:
     shapes = {"a": (64, 64), "b": (64, 64)}
-    layers: dict[str, nn.Module] = {name: nn.Linear(64, 64) for name in shapes}
+    layers = {name: Layer((64, 64)) for name in shapes}
     weights = {"a": torch.ones(64), "b": torch.ones(64) * 1e-6}
     free, bounded = (
         allocate(layers, 8192, Budget("rank_ratio", 0.25), Spread("greedy", **bounds), weights.__getitem__)
@@ -232,16 +231,20 @@ def test_counts_are_read_as_people_write_them() -> None:
 
 def test_the_time_of_a_layer_rises_with_its_rank() -> None:
     shape = (512, 512)
-    cost = measured_latency([(shape, ONCE)], torch.float32, torch.device("cpu"))
+    cost = measured_latency([Layer(shape)], torch.float32, torch.device("cpu"))
     times = [cost(shape, rank) for rank in (1, 64, 128, 512)]
     assert times == sorted(times)
     assert 0 < times[0] < cost(shape, None) < times[-1]
 
 
 def test_time_is_a_budget_too() -> None:
-    layers: dict[str, nn.Module] = {name: nn.Linear(1024, 1024) for name in "ab"}
+    layers = {name: Layer((1024, 1024)) for name in "ab"}
     weights = {"a": torch.ones(1024) * 2, "b": torch.ones(1024)}
-    ranks = allocate(layers, 2 << 20, Budget("latency", 0.7), Spread("greedy", align=64), weights.__getitem__)
+    budget, spread = Budget("latency", 0.7), Spread("greedy", align=64)
+    with pytest.raises(LowRankError, match="a latency budget needs the time that layers take"):
+        allocate(layers, 2 << 20, budget, spread, weights.__getitem__)
+    times = measured_latency(layers.values(), torch.float32, torch.device("cpu"))
+    ranks = allocate(layers, 2 << 20, budget, spread, weights.__getitem__, latency=times)
     assert ranks["b"] is not None
     assert ranks["b"] < (ranks["a"] or 1024)
 
@@ -276,7 +279,7 @@ def test_the_report_says_what_loss_is_expected() -> None:
     batch = {"input_ids": token_ids(batch=8), "labels": torch.arange(8) % 2}
     statistics = compute_statistics(model, [batch], ["fisher"], progress=False)
     discarded = []
-    for name, module in find_targets(model).items():
+    for name, module in modules_of(find_targets(model)).items():
         spectrum = (
             METHODS["fwsvd2"].objective({"fisher": statistics.mean("fisher", name)}).spectrum(module.weight.detach())
         )

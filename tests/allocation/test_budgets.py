@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from hf_lowrank.allocation import (
     ALLOCATIONS,
     Budget,
     ImpossibleBudget,
+    Layer,
     Spread,
     allocate,
     minimal_parameters,
@@ -50,7 +50,7 @@ def test_a_budget_is_kept_or_refused(
     seed: int,
 ) -> None:
     layers = {str(n): shape for n, shape in enumerate(shapes)}
-    modules: dict[str, nn.Module] = {name: nn.Linear(inp, out, device="meta") for name, (out, inp) in layers.items()}
+    described = {name: Layer(shape) for name, shape in layers.items()}
     generator = torch.Generator().manual_seed(seed)
     spectra = {name: torch.rand(min(shape), generator=generator).sort(descending=True).values
                for name, shape in layers.items()}  # fmt: skip
@@ -64,7 +64,7 @@ def test_a_budget_is_kept_or_refused(
     floor, cap = bounds
     spread = Spread(allocation, align, floor, **({} if cap is None else {"cap": cap}))
     try:
-        ranks = allocate(modules, whole, Budget(kind, value), spread, spectra.__getitem__, profile, form)
+        ranks = allocate(described, whole, Budget(kind, value), spread, spectra.__getitem__, profile, form)
     except ImpossibleBudget:
         return
     cost = parameters if form == "factors" else minimal_parameters
@@ -73,7 +73,7 @@ def test_a_budget_is_kept_or_refused(
 
 def test_a_ratio_below_the_first_multiple_is_refused() -> None:
     """Multiples of 16 of a layer of 64 begin at a quarter."""
-    layers: dict[str, nn.Module] = {"a": nn.Linear(64, 64)}
+    layers = {"a": Layer((64, 64))}
     for allocation in ("uniform", "greedy"):
         spread = Spread(allocation, 16)
         with pytest.raises(ImpossibleBudget, match=r"rank_ratio 0\.1 cannot be met by ranks that are multiples of 16"):

@@ -21,7 +21,7 @@ from hf_lowrank import (
     compute_fisher,
 )
 from hf_lowrank.allocation import uniform_ranks
-from hf_lowrank.model.targets import factorizable_linears, find_targets, weight_shape
+from hf_lowrank.model.targets import factorizable_linears, find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
 from tests.helpers import outputs, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
@@ -70,7 +70,7 @@ def test_full_rank_factors_compute_the_same(architecture: str) -> None:
     model = MODELS[architecture]()
     expected = outputs(model)
     with pytest.MonkeyPatch.context() as patch:
-        full = lambda targets, *rest: {name: min(weight_shape(module)) for name, module in targets.items()}  # noqa: E731
+        full = lambda layers, *rest: {name: min(layer.shape) for name, layer in layers.items()}  # noqa: E731
         patch.setattr(sys.modules["hf_lowrank.compression.compress"], "allocate", full)
         low_rank, report = compress(model, CompressionConfig("svd", 1.0), progress=False)
     assert report.layers
@@ -125,7 +125,7 @@ def test_ranks_that_save_nothing_leave_the_layer_dense_and_say_so() -> None:
 
 def test_every_dense_layer_is_let_go_before_the_next_is_solved() -> None:
     model = tiny_bert()
-    dense = [weakref.ref(module) for module in find_targets(model).values()]
+    dense = [weakref.ref(target.module) for target in find_targets(model).values()]
     alive: list[int] = []
     factorize = LowRankLinear.from_factors.__func__
 

@@ -24,7 +24,7 @@ from hf_lowrank.folder.inspect import inspect
 from hf_lowrank.folder.saving import read_record, save_compressed
 from hf_lowrank.folder.scores import comparable, with_score
 from hf_lowrank.jobs.checkpoint import Work
-from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.model.weights import digest, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankConv, LowRankEmbedding, LowRankLayer
 from hf_lowrank.solvers import METHODS, get_method
@@ -120,7 +120,7 @@ def test_every_method_compresses_further(method: str) -> None:
     at_once, single = step(copy.deepcopy(dense), half(method, rank_ratio=0.2))
     first, _ = step(dense, half(method, rank_ratio=0.5))
     again, report = step(first, half(method, rank_ratio=0.2))
-    allowed = sum(parameters(weight_shape(layer), round(0.2 * 32)) for layer in find_targets(bert()).values())
+    allowed = sum(parameters(target.shape, round(0.2 * 32)) for target in find_targets(bert()).values())
     for each in (report, single):
         assert allowed - 96 < each.targeted_after <= allowed  # a step of the largest layer
     lost, least = ((computed(model) - expected).norm() for model in (again, at_once))
@@ -138,12 +138,12 @@ def test_plain_svd_in_two_steps_is_that_of_one() -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_budgets_count_against_the_dense_model(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a layer that was factorized before and is no target now, whose parameters stay what they are."""
-    monkeypatch.setattr("hf_lowrank.allocation.latency.measured_latency", lambda shapes, dtype, device: parameters)
+    monkeypatch.setattr("hf_lowrank.compression.latency.measured_latency", lambda layers, dtype, device: parameters)
     dense = tiny_bert()
     size = dense.num_parameters()
     first, _ = step(dense, half("svd", rank_ratio=0.4))
     query, other = "bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"
-    layers = {name: weight_shape(layer) for name, layer in find_targets(first, exclude=(query,)).items()}
+    layers = {name: target.shape for name, target in find_targets(first, exclude=(query,)).items()}
     assert other in layers
     whole = sum(parameters(shape, None) for shape in layers.values())
     values = {
@@ -204,9 +204,9 @@ def test_the_spectrum_has_as_many_values_as_the_rank() -> None:
     targets = find_targets(first)
     statistics = compute_statistics(first, batches(first), config.needs, progress=False)
     solver = LayerSolver(targets, get_method("kfac"), statistics)
-    for name, layer in targets.items():
-        assert isinstance(layer, LowRankLayer)
-        assert int(solver.spectrum(name).count_nonzero()) == layer.rank == 8
+    for name, target in targets.items():
+        assert isinstance(target.module, LowRankLayer)
+        assert int(solver.spectrum(name).count_nonzero()) == target.rank == 8
 
 
 def test_layers_that_were_left_dense_are_targets_too() -> None:

@@ -15,9 +15,8 @@ from hf_lowrank.allocation.costs import flops, minimal_flops
 from hf_lowrank.compression.profiling import profile_losses
 from hf_lowrank.compression.uses import count_uses
 from hf_lowrank.folder.densify import densify
-from hf_lowrank.model.targets import find_targets, weight_shape
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.model.weights import model_digest
-from hf_lowrank.nn.layers_lowrank import is_convolution
 from tests.helpers import tiny_albert, tiny_bert, tiny_llama, token_ids
 from tests.launches import Job
 from tests.nn.test_editing import output, tiny_mixtral, tiny_resnet
@@ -50,10 +49,10 @@ def model_of(kind: str, dtype: str) -> Any:
 
 
 def budget_of(budget: str, model: Any, targets: dict[str, Any]) -> float:
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    shapes = {name: target.shape for name, target in targets.items()}
     dense, whole = sum(out * inp for out, inp in shapes.values()), model.num_parameters()
     if budget == "flops":
-        if any(name not in dict(model.named_modules()) or is_convolution(module) for name, module in targets.items()):
+        if any(target.kind in ("expert", "convolution") for target in targets.values()):
             return dense  # is refused, whatever its value
         uses = count_uses(model, targets)
         return SHARE * sum(flops(shape, None, uses[name]) for name, shape in shapes.items())
@@ -146,7 +145,7 @@ def test_a_budget_is_kept_and_the_model_saved_loaded_and_made_dense(case: tuple[
 
 
 def assert_kept(budget: str, value: float, form: str, targets: dict[str, Any], dense: Any, report: Any) -> None:
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    shapes = {name: target.shape for name, target in targets.items()}
     slack = 1 + 1e-6
     if budget == "keep":
         assert report.targeted_after <= value * report.targeted_before * slack

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from hf_lowrank import CompressionConfig, LowRankError, compress
-from hf_lowrank.allocation.costs import Uses, flops, minimal_flops
-from hf_lowrank.allocation.latency import measured_latency
+from hf_lowrank.allocation.costs import Layer, Uses, flops, minimal_flops
+from hf_lowrank.compression.latency import measured_latency
 from hf_lowrank.compression.uses import count_uses
 from hf_lowrank.model.targets import find_targets
 from tests.helpers import HIDDEN, VOCABULARY, factorize, tiny_albert, tiny_bert, tiny_llama, tiny_t5
@@ -75,7 +75,9 @@ def test_an_embedding_that_is_only_looked_up_saves_no_operations() -> None:
 
 def test_the_time_of_a_lookup_is_that_of_an_embedding() -> None:
     shape = (256, 20_000)
-    cost = measured_latency([(shape, Uses(0, 1)), (shape, Uses(1, 1))], torch.float32, torch.device("cpu"))
+    cost = measured_latency(
+        [Layer(shape, uses=uses) for uses in (Uses(0, 1), Uses(1, 1))], torch.float32, torch.device("cpu")
+    )
     lookup, both = (cost(shape, None, each) for each in (Uses(0, 1), Uses(1, 1)))
     assert 0 < lookup < 0.2 * both
     assert cost(shape, None, Uses(0, 2)) == 2 * lookup

@@ -15,13 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
-from hf_lowrank.allocation.costs import ONCE
-from hf_lowrank.allocation.latency import measured_latency
+from hf_lowrank.allocation import Layer
+from hf_lowrank.compression.latency import measured_latency
 from hf_lowrank.compression.profiling import mean_loss, profile_losses
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import divided, on_main, shares
 from hf_lowrank.jobs.files import write_json
+from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import model_digest, unwrapped
 from hf_lowrank.statistics.collect import lockstep
 from hf_lowrank.statistics.shared import InputSums
@@ -108,7 +109,7 @@ def test_the_curvature_of_a_regression_is_that_of_one_process(tmp_path: Path) ->
 
 def part_differently(output: Path) -> None:
     rank = PartialState().process_index
-    sums = InputSums(["active_tokens"], {name: nn.Linear(2, 3) for name in "abcde"}, None)
+    sums = InputSums(["active_tokens"], {name: Target.of(name, nn.Linear(2, 3)) for name in "abcde"}, None)
     x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
     for key, readers, largest in [
         [("first", "ab", every), ("second", "c", some), ("third", "de", every)],
@@ -314,7 +315,7 @@ def measure_and_fail(folder: Path) -> None:
     mine = batches()[rank :: state.num_processes]
     profile = profile_losses(tiny_bert(), config, None, mine, ratios=(0.1, 0.4), progress=False)
     _, report = compress(tiny_bert(), config, profile=profile, progress=False)
-    times = measured_latency([((32, 64), ONCE)], torch.float32, torch.device("cpu"))
+    times = measured_latency([Layer((32, 64))], torch.float32, torch.device("cpu"))
     found: dict[str, Any] = {"profile": profile, "ranks": report.ranks, "seconds": times((32, 64), 8)}
     found["empty share"] = mean_loss(tiny_bert(), batches() if state.is_last_process else [])
     if state.num_processes > 1:

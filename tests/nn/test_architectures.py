@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks import architectures, coverage
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_fisher, compute_statistics
 from hf_lowrank.model.targets import find_targets, unstacked
-from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
+from tests.helpers import modules_of
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 WORDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -204,12 +205,12 @@ def naive_fisher(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Σ_n (∂ loss_n / ∂ W)², one sample at a time by autograd alone."""
     model = copy.deepcopy(model).eval()
     targets = find_targets(model)
-    total = {name: torch.zeros(dense_weight(module).shape) for name, module in targets.items()}
+    total = {name: torch.zeros(target.shape) for name, target in targets.items()}
     for n in range(len(next(iter(batch.values())))):
         with unstacked(model, targets):
             model.zero_grad()
             model(**{key: value[n : n + 1] for key, value in batch.items()}).loss.backward()
-        for name, module in targets.items():
+        for name, module in modules_of(targets).items():
             if module.weight.grad is not None:
                 gradient = module.weight.grad
                 total[name] += (gradient.T if isinstance(module, Conv1D) else gradient) ** 2

@@ -15,7 +15,17 @@ from hf_lowrank.compression.profiling import mean_loss, profile_losses
 from hf_lowrank.model.targets import find_targets, unstacked
 from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.nn.layers_lowrank import dense_weight, layer_class_for, with_weight
-from tests.helpers import VOCABULARY, factorize, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
+from tests.helpers import (
+    VOCABULARY,
+    factorize,
+    modules_of,
+    tiny_albert,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    token_ids,
+)
 
 
 def tiny_mixtral() -> MixtralForCausalLM:
@@ -84,7 +94,7 @@ def test_a_model_is_what_it_was_after_its_layers_were_replaced(kind: str, new: A
     before, config, expected = everything(model), copy.deepcopy(model.config), output(model)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for interrupted in (False, True):
-        for name, module in find_targets(model, include).items():
+        for name, module in modules_of(find_targets(model, include)).items():
             try:
                 with replaced(model, {name: new(module)}):
                     assert everything(model) != before
@@ -93,7 +103,7 @@ def test_a_model_is_what_it_was_after_its_layers_were_replaced(kind: str, new: A
             except KeyboardInterrupt:
                 assert interrupted
             assert everything(model) == before
-    with replaced(model, {name: new(module) for name, module in find_targets(model, include).items()}):
+    with replaced(model, {name: new(module) for name, module in modules_of(find_targets(model, include)).items()}):
         assert not torch.equal(output(model), expected)
     assert everything(model) == before
     assert model.config.to_dict() == config.to_dict()
@@ -108,7 +118,7 @@ def test_a_model_is_what_it_was_after_its_layers_were_replaced(kind: str, new: A
 @pytest.mark.parametrize("kind", ["tied", "tied twice"])
 def test_other_weights_of_a_tied_embedding_are_those_of_its_head(kind: str) -> None:
     model = MODELS[kind][0]()
-    name, embedding = next(iter(find_targets(model, MODELS[kind][1]).items()))
+    name, embedding = next(iter(modules_of(find_targets(model, MODELS[kind][1])).items()))
     changed = copy.deepcopy(model)
     changed.get_submodule(name).weight.data.mul_(2)
     with replaced(model, {name: with_weight(embedding, 2 * dense_weight(embedding))}):
@@ -157,7 +167,7 @@ def test_experts_are_stacked_again_where_they_were_taken_apart() -> None:
     before = everything(model)
     with unstacked(model, targets):
         apart = everything(model)
-        for name, module in targets.items():
+        for name, module in modules_of(targets).items():
             with replaced(model, {name: low_rank(module)}):
                 assert everything(model) != apart
             assert everything(model) == apart

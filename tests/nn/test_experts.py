@@ -37,13 +37,13 @@ from hf_lowrank.folder.export import export_onnx
 from hf_lowrank.folder.picture import ranks_figure
 from hf_lowrank.folder.verify import FAIL, verify
 from hf_lowrank.jobs.checkpoint import Work
-from hf_lowrank.model.targets import find_targets, unstacked
+from hf_lowrank.model.targets import Target, find_targets, unstacked
 from hf_lowrank.nn.editing_lowrank import replace_module, replaced
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts, is_stacked, projections, restack
 from hf_lowrank.nn.layers_lowrank import LowRankLinear, dense_weight, with_weight
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin, to_low_rank_class
 from hf_lowrank.statistics import Statistics, compute_statistics
-from tests.helpers import VOCABULARY, token_ids, truncated_svd
+from tests.helpers import VOCABULARY, modules_of, token_ids, truncated_svd
 from tests.nn.test_remote_code import WITHOUT_LIBRARY, runs_to_its_end
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -101,7 +101,7 @@ def stacks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_stacked(module)]
 
 
-def expert_targets(model: PreTrainedModel) -> dict[str, nn.Module]:
+def expert_targets(model: PreTrainedModel) -> dict[str, Target]:
     return find_targets(model, include=["*.experts.*_proj.*"])
 
 
@@ -140,7 +140,7 @@ def test_unstacked_experts_compute_what_the_stack_does(build: Callable[[], PreTr
     assert len(targets) == 8 * len(experts) > 0
     with unstacked(model, targets):
         assert not stacks(model)
-        assert all(model.get_submodule(name) is layer for name, layer in targets.items())
+        assert all(model.get_submodule(name) is layer for name, layer in modules_of(targets).items())
         found = output(model)
     assert torch.equal(found, expected["eager"])
     torch.testing.assert_close(found, expected["grouped_mm"])
@@ -236,7 +236,7 @@ def naive(model: PreTrainedModel) -> dict[str, dict[str, Tensor]]:
             sums["fisher"][name] = sums["fisher"][name] + gradient.square()
             sums["fisher_rows"][name] = sums["fisher_rows"][name] + gradient.square().sum(dim=0)
         with unstacked(model, targets):
-            handles = [layer.register_forward_hook(keep(name)) for name, layer in targets.items()]
+            handles = [layer.register_forward_hook(keep(name)) for name, layer in modules_of(targets).items()]
             model(**batch).loss.backward()
             for handle in handles:
                 handle.remove()
@@ -317,7 +317,7 @@ def test_at_full_rank_the_model_is_the_dense_one(build: Callable[[], PreTrainedM
     expected, original = output(model), copied(model)
     targets = expert_targets(model)
     low_rank: Any = to_low_rank_class(model)
-    for name, linear in targets.items():
+    for name, linear in modules_of(targets).items():
         factors = truncated_svd(dense_weight(linear), min(dense_weight(linear).shape))
         replace_module(low_rank, name, LowRankLinear.from_factors(linear, *factors))
     assert low_rank.config.ranks.keys() == targets.keys()
@@ -390,7 +390,7 @@ def test_a_partly_compressed_model_keeps_its_other_stacks(tmp_path: Path) -> Non
 
 def test_models_are_saved_whatever_shares_memory(tmp_path: Path) -> None:
     low_rank: Any = to_low_rank_class(gpt_oss())  # whose stacks are transposed
-    linear = expert_targets(low_rank)[f"{DOWN}.2"]
+    linear = expert_targets(low_rank)[f"{DOWN}.2"].module
     factors = truncated_svd(dense_weight(linear), 4)
     replace_module(low_rank, f"{DOWN}.2", LowRankLinear.from_factors(linear, *factors))  # the others are still views
     fresh = type(low_rank)(copy.deepcopy(low_rank.config)).eval()
@@ -415,7 +415,7 @@ def test_experts_that_all_stay_dense_are_the_stack_again() -> None:
     before = copied(model)
     for name in (f"{GATE_UP}.0", f"{GATE_UP}.1"):
         linear = (
-            expert_targets(model)[name]
+            expert_targets(model)[name].module
             if stacks(model)[0] is model.model.layers[0].mlp.experts
             else model.get_submodule(name)
         )
@@ -446,7 +446,7 @@ def test_profiles_and_analyses_reach_the_stack_and_put_it_back() -> None:
     assert all(any(profile[f"{DOWN}.{n}"].values()) for n in range(4))
     assert_unchanged(model, before)
     targets = expert_targets(model)
-    changed = {f"{DOWN}.0": with_weight(targets[f"{DOWN}.0"], torch.zeros(32, 24))}
+    changed = {f"{DOWN}.0": with_weight(targets[f"{DOWN}.0"].module, torch.zeros(32, 24))}
     with unstacked(model, targets), replaced(model, changed):
         assert not torch.allclose(output(model), expected)
     assert_unchanged(model, before)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 from benchmarks import convolutions
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
-from hf_lowrank.allocation import Budget, Spread, check_budget
+from hf_lowrank.compression.compress import check_possible
 from hf_lowrank.compression.memory import estimate_memory
 from hf_lowrank.folder.densify import densify
 from hf_lowrank.folder.inspect import inspect
@@ -408,7 +408,7 @@ def test_adapters_and_the_compiler_take_the_factors_for_convolutions() -> None:
 
 def test_convolutions_are_targets_only_by_name_and_only_if_plain() -> None:
     model = tiny_vit()
-    assert all(type(module) is nn.Linear for module in find_targets(model).values())
+    assert all(type(target.module) is nn.Linear for target in find_targets(model).values())
     assert list(find_targets(model, ["projection"])) == ["vit.embeddings.patch_embeddings.projection"]
     speech = tiny_wav2vec2()  # its positions are a grouped convolution with a weight norm
     assert [name.rpartition(".")[0][-1] for name in factorizable_convolutions(speech)] == ["0", "1"]
@@ -435,14 +435,14 @@ def test_a_convolutional_network_says_what_include_would_do() -> None:
 
 def test_what_convolutions_cannot_have_is_refused() -> None:
     model = tiny_resnet()
-    targets, state = find_targets(model, CONVOLUTIONS), str(model)
+    state = str(model)
     for budget in ({"flops": "1M"}, {"latency": 0.5}):
         config = CompressionConfig("svd", **budget, include=CONVOLUTIONS)
         with pytest.raises(LowRankError, match="depends on the size of its input, .* give keep, keep_model, params"):
             compress(model, config, progress=False)
         with pytest.raises(LowRankError, match="depends on the size of its input"):
-            check_budget(targets, model.num_parameters(), config.budget, config.spread)
-    check_budget(targets, model.num_parameters(), Budget("keep", 0.5), Spread())
+            check_possible(model, config)
+    check_possible(model, CompressionConfig("svd", keep=0.5, include=CONVOLUTIONS))
     with pytest.raises(LowRankError, match="interpolative form is for linear layers"):
         compress(model, CompressionConfig("svd", 0.3, form="interpolative", include=CONVOLUTIONS), progress=False)
     assert str(model) == state

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_lowrank import CompressionConfig, Statistics, compress, compute_statistics
-from hf_lowrank.model.targets import find_targets
+from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.statistics.kinds import active_tokens
 from hf_lowrank.statistics.shared import InputSums
 from tests.helpers import tiny_albert, tiny_bert, tiny_llama
@@ -80,8 +80,8 @@ def rounded(model: PreTrainedModel, noise: float) -> PreTrainedModel:
         output.register_hook(tip)
         return output
 
-    for module in find_targets(model).values():
-        module.register_forward_hook(hook)
+    for target in find_targets(model).values():
+        target.module.register_forward_hook(hook)
     return model
 
 
@@ -141,7 +141,7 @@ def test_tokens_of_an_input_count_for_all_that_read_it() -> None:
 
 
 def test_layers_part_at_the_first_batch_where_they_read_something_else() -> None:
-    targets: dict[str, nn.Module] = {name: nn.Linear(2, 3) for name in "abc"}
+    targets = {name: Target.of(name, nn.Linear(2, 3)) for name in "abc"}
     sums = InputSums(["active_tokens"], targets, None)
     x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
     for readers in (("a", "b", "c"), ("a", "b")):

@@ -15,11 +15,21 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statistics
 from hf_lowrank.jobs import progress
-from hf_lowrank.model.targets import find_targets
+from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
 from hf_lowrank.statistics import collect
 from hf_lowrank.statistics.kinds import add_fisher, add_fisher_rows
-from tests.helpers import VOCABULARY, bert_config, factorize, tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.helpers import (
+    VOCABULARY,
+    bert_config,
+    factorize,
+    modules_of,
+    tiny_albert,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+)
 
 Batch = dict[str, Any]
 
@@ -65,7 +75,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], Batch]]] = {
 def naive_fisher(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
     """Σ_n (∂ loss_n / ∂ W)², one sample at a time, unpadded, by the model's own loss and autograd alone."""
     model = copy.deepcopy(model).eval()
-    targets = find_targets(model)
+    targets = modules_of(find_targets(model))
     total = {name: torch.zeros(dense_weight(module).shape) for name, module in targets.items()}
     for n in range(len(batch["labels"])):
         length = int(batch["attention_mask"][n].sum())
@@ -110,8 +120,8 @@ def test_the_mean_of_a_batch_is_not_what_is_squared() -> None:
     model, batch = tiny_bert(num_labels=3), padded_batch(torch.tensor([0, 2, 1, 2]))
     fisher = compute_fisher(model, [batch], progress=False)
     model.eval()(**batch).loss.backward()
-    name, linear = next(iter(find_targets(model).items()))
-    assert (linear.weight.grad.square().sum() / fisher.mean("fisher", name).sum()) < 0.7
+    name, target = next(iter(find_targets(model).items()))
+    assert (target.module.weight.grad.square().sum() / fisher.mean("fisher", name).sum()) < 0.7
 
 
 def test_batches_do_not_matter() -> None:
@@ -339,8 +349,9 @@ def test_statistics_of_another_model_are_refused() -> None:
     _, statistics = measured()
     with pytest.raises(LowRankError, match="measured on other weights"):
         statistics.check(find_targets(tiny_bert(seed=1, num_labels=3)), ("fisher",))
+    name = "bert.encoder.layer.0.intermediate.dense"
     with pytest.raises(LowRankError, match=r"fisher has shape \(64, 32\), its weight needs \(48, 32\)"):
-        statistics.check({"bert.encoder.layer.0.intermediate.dense": torch.nn.Linear(32, 48)}, ("fisher",))
+        statistics.check({name: Target.of(name, torch.nn.Linear(32, 48))}, ("fisher",))
     with pytest.raises(LowRankError, match="know nothing of the module 'model.layers.0"):
         statistics.check(find_targets(tiny_llama()), ("fisher",))
     rows = compute_fisher(tiny_bert(), [padded_batch(torch.tensor([0, 1, 1, 0]))], form="row", progress=False)

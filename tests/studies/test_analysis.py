@@ -56,7 +56,7 @@ from hf_lowrank.studies.analysis.truncation import directions, group_slice, trun
 from hf_lowrank.tasks import TASKS, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import Predictions, evaluate_splits
-from tests.helpers import bert_config, tiny_bert
+from tests.helpers import bert_config, modules_of, tiny_bert
 
 TASK = TASKS["stsb"]
 WORDS = [f"w{n}" for n in range(40)]
@@ -174,7 +174,7 @@ def test_a_group_is_removed_from_every_layer(study: Study, model: Any, tokenizer
     result = truncate_groups(study, "svd", 4)
     gone = copy.deepcopy(model)
     squares = np.zeros(2)
-    for module in find_targets(gone).values():
+    for module in modules_of(find_targets(gone)).values():
         u, s, vh = torch.linalg.svd(module.weight.data, full_matrices=False)  # ranks are 32: groups of 8
         squares += [float(s[8:16].square().sum()), float(s.square().sum())]
         s[8:16] = 0
@@ -255,7 +255,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 
 def test_the_loss_increase_is_that_of_the_model(model: Any, tokenizer: Any, validation: Any) -> None:
     evaluator = Evaluator(model, tokenizer, TASK, validation)
-    targets = find_targets(model)
+    targets = modules_of(find_targets(model))
     with replaced(model, {name: with_weight(m, torch.zeros_like(dense_weight(m))) for name, m in targets.items()}):
         measured = evaluator.measure()
         with torch.no_grad():

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.allocation import parameters, uniform_ranks
-from hf_lowrank.model.targets import weight_shape
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.studies.analysis.evaluator import Measurement
 from hf_lowrank.studies.analysis.predictor import Correlation, FisherShape, correlate, effective_rank, fisher_shape
@@ -54,7 +53,7 @@ class LayerAnalysis:
 
 def analyze_layers(study: Study, methods: Sequence[str], rank_ratio: float) -> list[LayerAnalysis]:
     """Describe every matrix, and measure the model with it alone compressed by each method."""
-    shapes = {name: weight_shape(module) for name, module in study.targets.items()}
+    shapes = {name: target.shape for name, target in study.targets.items()}
     ranks = uniform_ranks(shapes, rank_ratio)
     spectra = {name: study.objective(YARDSTICK, name).spectrum(study.weight(name)) for name in shapes}
     least = {name: float(spectra[name][rank:].sum()) * study.evaluator.curvature / 2 for name, rank in ranks.items()}

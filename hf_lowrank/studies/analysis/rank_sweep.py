@@ -1,16 +1,16 @@
 """Score against the share of the ranks kept, by method: FWSVD's figure 5 with every method on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from torch import Tensor
 
-from hf_lowrank.allocation import allocate, parameters
+from hf_lowrank.allocation import Spectrum, allocate, parameters
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.solution import LayerSolver
-from hf_lowrank.model.targets import dense_parameters, weight_shape
+from hf_lowrank.compression.uses import as_layer
+from hf_lowrank.model.targets import dense_parameters
 from hf_lowrank.solvers import get_method
 from hf_lowrank.studies.analysis.evaluator import Measurement
 from hf_lowrank.studies.analysis.study import Change, Study
@@ -28,7 +28,8 @@ class SweepPoint:
 
 def rank_sweep(study: Study, method: str, ratios: Sequence[float]) -> list[SweepPoint]:
     """Measure the model as `compress` makes it at each ratio: by the method's own allocation, without fine-tuning."""
-    spectrum = cache(LayerSolver(study.targets, get_method(method), study.statistics).spectrum)
+    solver = LayerSolver(study.targets, get_method(method), study.statistics)
+    spectrum = cache(lambda name: solver.spectrum(name).tolist())
     points = []
     for ratio in ratios:
         config = CompressionConfig(method, ratio)
@@ -39,14 +40,14 @@ def rank_sweep(study: Study, method: str, ratios: Sequence[float]) -> list[Sweep
 
 
 @torch.no_grad()
-def _compressed(study: Study, config: CompressionConfig, spectrum: Callable[[str], Tensor]) -> Change:
+def _compressed(study: Study, config: CompressionConfig, spectrum: Spectrum) -> Change:
     """The layers that do not stay dense, as the products of their factors, and the share of the parameters left."""
-    shapes = {name: weight_shape(module) for name, module in study.targets.items()}
+    layers = {name: as_layer(target) for name, target in study.targets.items()}
     before = dense_parameters(study.evaluator.model)
-    ranks = allocate(study.targets, before, config.budget, config.spread, spectrum)
-    left = sum(parameters(shape, ranks[name]) for name, shape in shapes.items())
+    ranks = allocate(layers, before, config.budget, config.spread, spectrum)
+    left = sum(parameters(layer.shape, ranks[name]) for name, layer in layers.items())
     return {
         name: study.objective(config.method, name).factorize(study.weight(name), rank).product()
         for name, rank in ranks.items()
         if rank is not None
-    }, {"targeted_share": left / sum(parameters(shape, None) for shape in shapes.values())}
+    }, {"targeted_share": left / sum(parameters(layer.shape, None) for layer in layers.values())}

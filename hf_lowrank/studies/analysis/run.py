@@ -16,7 +16,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.jobs.settings import check_settings
-from hf_lowrank.model.targets import check_weights, find_targets, rank_of, unstacked
+from hf_lowrank.model.targets import check_weights, find_targets, unstacked
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Baseline, Evaluator
@@ -142,12 +142,12 @@ def analyze(
     config = config or AnalysisConfig()
     refuse_several("an analysis")
     targets = find_targets(model, config.include, config.exclude)
-    if factorized := sum(rank_of(module) is not None for module in targets.values()):
+    if factorized := sum(target.rank is not None for target in targets.values()):
         raise LowRankError(f"{factorized} layers are factorized, and an analysis changes whole weights: densify(model)")
     check_weights(targets)
     statistics.check(targets, needed_statistics(config.methods))
     left = unreached(targets, statistics)  # by compress, too
-    targets = {name: module for name, module in targets.items() if name not in left}
+    targets = {name: target for name, target in targets.items() if name not in left}
     evaluator = Evaluator(model, tokenizer, task, validation, config.eval_samples, config.batch_size, config.seed)
     settings = {
         "model_weights": weights_digest(model),

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_lowrank.model.targets import Target
 from hf_lowrank.nn.editing_lowrank import replaced
 from hf_lowrank.nn.layers_lowrank import dense_weight, with_weight
 from hf_lowrank.solvers import Objective, get_method
@@ -20,7 +21,7 @@ Change = tuple[Mapping[str, Tensor], dict[str, float]]  # new weights by layer, 
 class Study:
     """A model's targeted layers with their statistics, its evaluator, and the journal of what was measured."""
 
-    targets: dict[str, nn.Module]
+    targets: dict[str, Target]
     statistics: Statistics
     evaluator: Evaluator
     journal: Journal = field(default_factory=lambda: Journal(None, {}))
@@ -28,7 +29,7 @@ class Study:
 
     def weight(self, name: str) -> Tensor:
         """A layer's own weight [out, in] in float32."""
-        return dense_weight(self.targets[name]).detach().float()
+        return dense_weight(self.targets[name].module).detach().float()
 
     def objective(self, method: str, name: str) -> Objective:
         """What a method minimises for a layer."""
@@ -40,7 +41,7 @@ class Study:
         record = self.journal.get(key)
         if record is None:
             weights, facts = change()
-            changed = {name: with_weight(self.targets[name], weight) for name, weight in weights.items()}
+            changed = {name: with_weight(self.targets[name].module, weight) for name, weight in weights.items()}
             with replaced(self.evaluator.model, changed):
                 measured = self.evaluator.measure()
             record = {"measured": asdict(measured), "facts": facts}

@@ -1,27 +1,37 @@
-"""The time that a layer takes at a rank, measured on this machine."""
+"""Layers → the time that each takes at a rank, measured on this machine."""
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
+from hf_lowrank.allocation import Budget, Layer
 from hf_lowrank.allocation.costs import ONCE, Cost, Shape, Uses
 from hf_lowrank.jobs.distributed import on_main
+from hf_lowrank.model.targets import Target
 
 # Time is measured for this many tokens at once, at this many ranks from small to break-even, and interpolated.
 LATENCY_TOKENS, LATENCY_RANKS, LATENCY_REPEATS = 512, 8, 7
 
 
-def measured_latency(layers: Iterable[tuple[Shape, Uses]], dtype: torch.dtype, device: torch.device) -> Cost:
+def latency_for(budget: Budget, targets: Mapping[str, Target], layers: Mapping[str, Layer]) -> Cost | None:
+    """The measured time of the targets, for a budget of it: in the dtype and on the device of the first one."""
+    if budget.kind != "latency":
+        return None
+    first = next(next(iter(targets.values())).module.parameters())
+    return measured_latency(layers.values(), first.dtype, first.device)
+
+
+def measured_latency(layers: Iterable[Layer], dtype: torch.dtype, device: torch.device) -> Cost:
     """Seconds that `LATENCY_TOKENS` tokens take through a layer, measured once for every shape, by the main process.
 
     Times of factors are medians at a few ranks, made to never fall with the rank, and linear in between. Every use is
     counted: the product with an embedding's weight is that of a head which is tied to it.
     """
-    kinds = dict.fromkeys(kind for shape, uses in layers for kind, _ in _kinds(shape, uses))
+    kinds = dict.fromkeys(kind for layer in layers for kind, _ in _kinds(layer.shape, layer.uses))
     curves = on_main(lambda: {kind: _curve(kind, dtype, device) for kind in kinds})
 
     def cost(shape: Shape, rank: int | None, uses: Uses = ONCE) -> float:
