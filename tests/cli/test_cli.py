@@ -261,7 +261,7 @@ def test_what_reads_data_needs_a_task(
 ) -> None:
     code, _, err = run(monkeypatch, capfd, "compress", model, *words, "--output", tmp_path / "out")
     assert code == 2
-    assert "compress needs a --task to measure on" in err
+    assert "compress needs a --task or --texts to measure on" in err
 
 
 def test_inspect_shows_dense_layers_and_blocks(model: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
