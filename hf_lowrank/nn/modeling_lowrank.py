@@ -66,6 +66,7 @@ from .matching_lowrank import (
     swap_in_empty_layers,
     unhook_low_rank_layers,
 )
+from .parents_lowrank import dense_class_of as dense_class_of  # older transformers fetch what this file imports, alone
 from .publishing_lowrank import HUB_OPTIONS, add_companions, commit_files
 
 # For the type checker the mixin is a model; for Python it is not, as transformers inspects the bases of a model class.

@@ -6,6 +6,7 @@ Each script runs in a process of its own, with an empty cache; the folders are m
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
+from hf_lowrank.nn import modeling_lowrank
+from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES
 from tests.helpers import factorize, outputs, tiny_bert, tiny_gpt2, token_ids
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -171,3 +174,10 @@ assert not [name for name in sys.modules if name.startswith("transformers_module
 print("done")
 """
     assert runs_to_its_end(WITH_LIBRARY + script, place, library=True)
+
+
+def test_every_file_that_travels_is_imported_by_the_one_that_auto_map_names() -> None:
+    """transformers 5.5 copies a local folder's code no deeper."""
+    source = Path(modeling_lowrank.__file__).read_text(encoding="utf-8")
+    imported = {f"{name}.py" for name in re.findall(r"^from \.(\w+) import", source, re.MULTILINE)}
+    assert imported == {*SOURCE_FILES} - {"modeling_lowrank.py"}
