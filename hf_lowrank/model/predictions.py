@@ -1,5 +1,6 @@
 """A model and a batch → what it predicts of every sample, without labels; two models' → how far they are apart."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_lowrank.errors import LowRankError
 
-IGNORED, UNKNOWN = -100, -1  # labels of tokens that do not count, and of what counts and has none
+IGNORED, UNKNOWN, UNKNOWN_NUMBER = -100, -1, math.inf  # labels of tokens that do not count; of what has none
 
 # From a model's outputs and its batch to what counts of them [batch, features], such as pooled embeddings.
 Readout = Callable[[Any, dict[str, Any]], Tensor]

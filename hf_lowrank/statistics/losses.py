@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.predictions import IGNORED, UNKNOWN, is_causal
+from hf_lowrank.model.predictions import IGNORED, UNKNOWN, UNKNOWN_NUMBER, is_causal
 from hf_lowrank.statistics.batches import Batch, batch_size
 
 SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
@@ -59,7 +59,8 @@ def labelled(model: PreTrainedModel, batch: Batch) -> list[int]:
         LowRankError: their labels are not known (see `UNKNOWN`).
     """
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and bool((labels.isnan() if labels.is_floating_point() else labels == UNKNOWN).any()):
+    unknown = UNKNOWN_NUMBER if isinstance(labels, Tensor) and labels.is_floating_point() else UNKNOWN
+    if isinstance(labels, Tensor) and bool((labels == unknown).any()):
         raise LowRankError("these texts have no labels; take labels drawn from the model")
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
         return list(range(batch_size(batch)))

@@ -1,7 +1,6 @@
 """Rows of a task + tokenizer + a model's labels → inputs of the model, and batches of them."""
 
 import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import (
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
-from hf_lowrank.model.predictions import IGNORED, UNKNOWN
+from hf_lowrank.model.predictions import IGNORED, UNKNOWN, UNKNOWN_NUMBER
 from hf_lowrank.tasks.checks import check_ends, check_rows, checked_length
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.task import Task
@@ -27,7 +26,7 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
     """Rows as inputs of a model, shortest first, so that batches need little padding.
 
     The labels are those of the model: mapped by name where the model names its labels as the data do, else by position,
-    which is said on stderr. Of a task without labels they are `UNKNOWN` (of numbers NaN), which no loss takes.
+    which is said on stderr. Of a task without labels they are `UNKNOWN`, of numbers `UNKNOWN_NUMBER`.
 
     Raises:
         LowRankError: texts that are none; labels that are missing, of another type, or that the model does not know; a
@@ -67,7 +66,7 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
 def _encode_sequence(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
     encoded = dict(tokenizer(*(batch[column] for column in task.text), truncation=True, max_length=length))
     if task.label is None:
-        encoded["labels"] = [math.nan if task.kind == "regression" else UNKNOWN] * len(encoded["input_ids"])
+        encoded["labels"] = [UNKNOWN_NUMBER if task.kind == "regression" else UNKNOWN] * len(encoded["input_ids"])
         return encoded
     labels = batch[task.label]
     encoded["labels"] = [label_ids[label] for label in labels] if label_ids else [float(label) for label in labels]
