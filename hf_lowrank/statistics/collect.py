@@ -21,7 +21,7 @@ from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
 from hf_lowrank.statistics.batches import Batch, Split, batch_size, selected
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
-from hf_lowrank.statistics.hooks import Recorder, measuring
+from hf_lowrank.statistics.hooks import Deliver, Read, Recorder, measuring
 from hf_lowrank.statistics.kinds import KINDS, accumulate, completed, sum_shape
 from hf_lowrank.statistics.kronecker import RISE, rise
 from hf_lowrank.statistics.labels import Labels, Losses, labels_of
@@ -210,21 +210,21 @@ class _Pass:
         self.sums = self._empty(self.kinds)
         self.seen = self.samples = self.tokens = self.labels = self.batches = 0
         self.loss, self.regression = 0.0, False
-        self.probing = self.idle = False
         self.sharded = is_sharded(model)
         self.place = PartialState().device if model.device.type == "meta" else model.device  # offloaded: hooks move it
         self.finite: dict[str, Tensor] = {}
-        self.recorder = Recorder(self.deliver, self.read)
+        self.recorder = Recorder()
 
     def add(self, batch: Batch, counts: bool = True) -> None:
         """Add the samples of one batch to the sums, or only run the model on them while other processes count."""
         batch = send_to_device(dict(batch), self.place)
         parts, size = self._parts(batch)
         for step in range(max(self._everyone(len(parts)))):
-            self.idle = not counts or step >= len(parts)
+            idle = not counts or step >= len(parts)
             part = parts[step] if step < len(parts) else self._any_sample(batch)
+            losses_of = self.source.together if self.together else self.source.alone
             try:
-                self._backward(part, self.source.together if self.together else self.source.alone)
+                losses = self._backward(part, losses_of, None if idle else self.deliver, None if idle else self.read)
             except NotSeparable:
                 raise LowRankError(
                     f"{type(self.model).__name__}: the samples of a batch cannot be told apart, though those of an "
@@ -232,8 +232,8 @@ class _Pass:
                 ) from None
             if self.shared is not None:
                 self.shared.end_batch()
-            if not self.idle:
-                self._count(part)
+            if not idle:
+                self._count(part, losses)
         self.batches += 1
         self.seen += size if counts else 0
 
@@ -256,7 +256,9 @@ class _Pass:
         """Something to run the model on, to no end but that other processes do."""
         return _Part(next(iter(self.split(batch))), [0]) if self.split is not None else self._part(batch, [0])
 
-    def _count(self, part: "_Part") -> None:
+    def _count(self, part: "_Part", losses: Tensor) -> None:
+        self.loss += float(losses.double().sum())
+        self.regression = is_regression(self.model, part.batch)
         self.samples += len(part.numbers)
         self.labels += self.source.count(self.model, part.batch, len(part.numbers))
         self.tokens += int(part.batch["attention_mask"].sum()) if "attention_mask" in part.batch else 0
@@ -292,20 +294,22 @@ class _Pass:
 
     def read(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
         """Add one input's share of a batch to what inputs alone decide (see `Recorder`)."""
-        if self.shared is not None and not (self.idle or self.probing):
+        if self.shared is not None:
             self.shared.arrive(key, readers, x, largest)
 
     def deliver(self, name: str, x: Tensor, g: Tensor, largest: Tensor) -> None:
         """Add one layer's share of a batch (see `Recorder`)."""
-        if self.idle:
-            return
+        x, g = self._reached(name, x, g, largest)
+        for kind in self.kinds:
+            accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
+
+    def _reached(self, name: str, x: Tensor, g: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's share of a batch in float32 where there is a gradient; whether that is finite is noted."""
         self.finite[name] = torch.isfinite(largest).all(dim=1)
         reached = (largest != 0).any(dim=0)  # elsewhere, as behind a last layer's attention, there is nothing to add
         if not reached.all():
             x, g = x[:, reached], g[:, reached]
-        x, g = x.float() if x.is_floating_point() else x, g.float()
-        for kind in self.kinds:
-            accumulate(kind, self.sums[kind][name], x, g, self._context(kind, name))
+        return x.float() if x.is_floating_point() else x, g.float()
 
     def _context(self, kind: str, name: str) -> Any:
         """What an earlier pass knows that this kind needs, prepared once for each layer."""
@@ -333,21 +337,19 @@ class _Pass:
         curvature = self.source.curvature(regression, loss / samples, labels / samples)
         return Statistics(self.sums | shared, samples, tokens, weights, origin, curvature, self.source.origin)
 
-    def _backward(self, part: "_Part", losses_of: Losses) -> None:
-        """Deliver every layer's share of some samples."""
-        self.recorder.begin_batch(len(part.numbers))
+    def _backward(self, part: "_Part", losses_of: Losses, deliver: Deliver | None, read: Read | None = None) -> Tensor:
+        """The losses of some samples, every layer's share of which is delivered; without `deliver` nothing counts."""
+        self.recorder.begin_batch(len(part.numbers), deliver, read)
         self.finite.clear()
         with torch.enable_grad():
             losses = losses_of(self.model, part.batch, [_everywhere(number) for number in part.numbers])
-            if not self.idle:
+            if deliver is not None:
                 _check_finite({"the loss": torch.isfinite(losses)}, part.numbers)
             losses.sum().backward()
-        if not (self.idle or self.probing):
-            self.loss += float(losses.detach().double().sum())
-            self.regression = is_regression(self.model, part.batch)
         self.recorder.end_batch()
         gradients = {f"the gradient of {name}": self.finite[name] for name in self.targets if name in self.finite}
         _check_finite(gradients, part.numbers)
+        return losses.detach()
 
     def _can_run_together(self, batch: Batch, samples: list[int]) -> bool | None:
         """Whether the losses of two of these together are those of each alone. None where there are no two."""
@@ -369,14 +371,14 @@ class _Pass:
 
     def _probe(self, parts: list["_Part"], losses_of: Losses) -> dict[str, Tensor]:
         """The row Fisher of every layer over a few samples, leaving the sums alone."""
-        kept = self.kinds, self.sums
-        self.kinds, self.sums, self.probing = ["fisher_rows"], self._empty(["fisher_rows"]), True
-        try:
-            for part in parts:
-                self._backward(part, losses_of)
-            return self.sums["fisher_rows"]
-        finally:
-            (self.kinds, self.sums), self.probing = kept, False
+        rows = self._empty(["fisher_rows"])["fisher_rows"]
+
+        def deliver(name: str, x: Tensor, g: Tensor, largest: Tensor) -> None:
+            accumulate("fisher_rows", rows[name], *self._reached(name, x, g, largest))
+
+        for part in parts:
+            self._backward(part, losses_of, deliver)
+        return rows
 
     def _empty(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}

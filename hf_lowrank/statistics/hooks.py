@@ -28,10 +28,11 @@ class Recorder:
     backward pass; one that is called several times (shared blocks) when the batch ends, its calls joined along tokens.
     `deliver` takes the layer's name, inputs x [batch, tokens, in], output gradients g [batch, tokens, out], and the
     largest entry of each token's gradient [batch, tokens]. `read` takes every call as its gradient comes: what tells
-    its input from others of this batch, the names of all layers that read it, x, and those largest entries.
+    its input from others of this batch, the names of all layers that read it, x, and those largest entries. Without
+    them, as where a process only keeps in step, nothing is kept of a batch.
     """
 
-    deliver: Deliver
+    deliver: Deliver | None = None
     read: Read | None = None
     samples: int = 0
     calls: Counter[str] = field(default_factory=Counter)  # of a layer in this batch
@@ -90,9 +91,9 @@ class Recorder:
 
         return experts.register_forward_pre_hook(pre_hook)
 
-    def begin_batch(self, samples: int) -> None:
-        """Forget the calls of the last batch; the next one has this many samples."""
-        self.samples = samples
+    def begin_batch(self, samples: int, deliver: Deliver | None, read: Read | None) -> None:
+        """Forget the calls of the last batch; the next one has this many samples, and goes to `deliver` and `read`."""
+        self.samples, self.deliver, self.read = samples, deliver, read
         self.calls.clear()
         self.readers.clear()
         self.arrived.clear()
@@ -105,7 +106,8 @@ class Recorder:
             if any(x.is_floating_point() for x, _, _ in calls):  # tokens and the gradients of a tied head
                 calls = [(x if x.is_floating_point() else _one_hot(x, widest), g, top) for x, g, top in calls]
             x, g, largest = (torch.cat(side, dim=1) for side in zip(*calls, strict=True))
-            self.deliver(name, x, g, largest)
+            if self.deliver is not None:
+                self.deliver(name, x, g, largest)
 
     def _key(self, name: str, tensor: Tensor, alone: bool) -> Hashable:
         """Equal for calls of two layers only if they read one tensor, not written to in between, in the same way.
@@ -126,9 +128,9 @@ class Recorder:
         largest = g.abs().amax(dim=-1)
         if self.read is not None:
             self.read(key, self.readers[key], x, largest)
-        if self.calls[name] == 1:
+        if self.calls[name] == 1 and self.deliver is not None:
             self.deliver(name, x, g, largest)
-        else:
+        elif self.calls[name] > 1:
             self.arrived.setdefault(name, []).append((x, g, largest))
 
     def _tokens(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
