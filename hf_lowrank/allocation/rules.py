@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_lowrank.allocation.choices import Choices, total_cost, total_loss
-from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.settings import check_choice
 
 Chosen = dict[str, int]  # name → index into its choices
 Decide = Callable[[dict[str, Choices], float], Chosen]
@@ -39,8 +39,7 @@ def get_allocation(name: str) -> Allocation:
     Raises:
         LowRankError: there is none; the message lists the names.
     """
-    if name not in ALLOCATIONS:
-        raise LowRankError(f"unknown allocation {name!r}; there are {', '.join(ALLOCATIONS)}")
+    check_choice("allocation", name, ALLOCATIONS)
     return ALLOCATIONS[name]
 
 

@@ -137,7 +137,7 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     from hf_lowrank.cli.work import check_memory, work_folder
     from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.statistics import Statistics
-    from hf_lowrank.statistics.container import content_digest
+    from hf_lowrank.statistics.container import statistics_digest
 
     memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
@@ -151,7 +151,7 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
         measured = Statistics.load(given.statistics) if config.needs else None
         if measured is not None and given.calibration.labels is not None:
             measured.check_labels(given.calibration.labels)
-        data = content_digest(given.statistics)
+        data = statistics_digest(given.statistics)
     elif config.needs:
         data = pipeline.calibration_digest()
     pipeline.begin(work_folder(given.output), asdict(config) | vars(given.search), data, **vars(given.job))

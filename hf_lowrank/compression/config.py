@@ -8,7 +8,7 @@ from hf_lowrank.allocation.costs import PLAIN_ONLY
 from hf_lowrank.allocation.rules import get_allocation
 from hf_lowrank.allocation.spread import Spread, check_bounds
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.settings import check_settings
+from hf_lowrank.jobs.settings import check_choice, check_settings
 from hf_lowrank.solvers.family import DEFAULT_GAUGE, GAUGE_NAMES, METHODS, check_optimizer, get_method
 
 DEFAULT_RANK_RATIO = 0.33
@@ -74,10 +74,8 @@ class CompressionConfig:
             if not method.iterates:
                 iterating = ", ".join(name for name, method in METHODS.items() if method.iterates)
                 raise LowRankError(f"{self.method} has a closed form; an optimizer is for {iterating}")
-        if self.form not in FORM_NAMES:
-            raise LowRankError(f"unknown form {self.form!r}; there are {', '.join(FORM_NAMES)}")
-        if self.gauge not in GAUGE_NAMES:
-            raise LowRankError(f"unknown gauge {self.gauge!r}; there are {', '.join(GAUGE_NAMES)}")
+        check_choice("form", self.form, FORM_NAMES)
+        check_choice("gauge", self.gauge, GAUGE_NAMES)
         if self.gauge != DEFAULT_GAUGE and self.form != FORM_NAMES[0]:
             raise LowRankError(f"the {self.form} form has a basis of its own: leave out the gauge {self.gauge!r}")
         if self.budget.kind == "latency" and self.form != FORM_NAMES[0]:

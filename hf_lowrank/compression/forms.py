@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.settings import check_choice
 from hf_lowrank.nn.editing_lowrank import replace_module
 from hf_lowrank.nn.layers_lowrank import FORMS, LowRankLinear
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
@@ -26,16 +27,6 @@ _CONVERSIONS: dict[str, Callable[[Factors], Factors]] = {
 }
 
 
-def check_form(form: str) -> None:
-    """Raise for an unknown name.
-
-    Raises:
-        LowRankError: the message lists the names.
-    """
-    if form not in FORMS:
-        raise LowRankError(f"unknown form {form!r}; there are {', '.join(FORMS)}")
-
-
 def to_form(model: PreTrainedModel, form: str) -> PreTrainedModel:
     """Bring every factorized linear of `model`, in place, to a form of `FORMS`, and return it.
 
@@ -44,7 +35,7 @@ def to_form(model: PreTrainedModel, form: str) -> PreTrainedModel:
     Raises:
         LowRankError: an unknown form, or a model that is not low-rank.
     """
-    check_form(form)
+    check_choice("form", form, FORMS)
     if not isinstance(model, LowRankMixin):
         raise LowRankError(f"{type(model).__name__} is not a low-rank model: compress it first")
     for name in model.lowrank_ranks:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import Target, find_targets
+from hf_lowrank.model.weightless import weightless
 from hf_lowrank.statistics.kinds import KINDS, sum_shape
 from hf_lowrank.statistics.names import ALTERNATING, passes
 from hf_lowrank.tasks import Task
@@ -118,8 +119,7 @@ def skeleton(name: str, task: Task, device: torch.device) -> PreTrainedModel | N
     try:
         config = AutoConfig.from_pretrained(resolve(name))
         stored = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype or torch.float32
-        with torch.device("meta"):
-            return task.auto_class.from_config(config, dtype=torch.float32 if device.type == "cpu" else stored)
+        return weightless(task.auto_class.from_config, config, dtype=torch.float32 if device.type == "cpu" else stored)
     except Exception:
         return None
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,18 +13,14 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import load_low_rank
 from hf_lowrank.jobs.files import atomic_folder, held, refuse_existing
 from hf_lowrank.model.dense import dense_layer, refuse_wrapped_factors
+from hf_lowrank.model.weightless import weightless
 from hf_lowrank.nn.configuration_lowrank import SOURCE_FILES, LowRankConfigMixin
 from hf_lowrank.nn.editing_lowrank import restack_experts, unstack_experts
 from hf_lowrank.nn.layers_lowrank import LowRankLayer
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, RECORD
 
-OURS = {
-    *SOURCE_FILES,
-    "config.json",
-    "compression.json",
-    "README.md",
-    "ranks.png",
-}  # about the low-rank model, or made anew
+OURS = {*SOURCE_FILES, "config.json", RECORD, CARD, PICTURE}  # about the low-rank model, or made anew
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5")
 
 
@@ -82,8 +77,7 @@ def _skeleton(model: LowRankMixin) -> nn.Module:
     """The base model without weights: it knows which layers are Conv1D. Factorized experts are layers of their own."""
     config = copy.deepcopy(model.config)
     _to_base_config(config)
-    with torch.device("meta"):
-        skeleton = model.base_model_class(config)
+    skeleton = weightless(model.base_model_class, config)
     unstack_experts(skeleton, model.lowrank_ranks)
     return skeleton
 

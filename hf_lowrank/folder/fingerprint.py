@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.jobs.files import sha256_of
 from hf_lowrank.model.probe import token_inputs
+from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, RECORD
 
 VALUES = 64
-NOT_DIGESTED = ("README.md", "ranks.png", "compression.json")  # card and record: later steps add to them
+NOT_DIGESTED = (CARD, PICTURE, RECORD)  # card and record: later steps add to them
 
 
 def fingerprint(model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import init_empty_weights
 from rich.table import Table
 
 from hf_lowrank.allocation.budget import BUDGETS
@@ -16,6 +14,7 @@ from hf_lowrank.folder.reading import low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.model.layer_names import is_expert_layer, kind_of, place_of
 from hf_lowrank.model.targets import find_targets
+from hf_lowrank.model.weightless import weightless
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
 Layer = dict[str, Any]  # its sizes, parameters and rank, None where it is dense
@@ -51,8 +50,7 @@ def inspect(folder: str) -> dict[str, Any]:
 
 def _skeleton(config: Any) -> LowRankMixin:
     """The model without its weights."""
-    with init_empty_weights(), torch.device("meta"):
-        return low_rank_class(config)(copy.deepcopy(config))
+    return weightless(low_rank_class(config), copy.deepcopy(config))
 
 
 def _factorized(model: LowRankMixin) -> dict[str, Layer]:

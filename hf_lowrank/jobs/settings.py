@@ -2,6 +2,7 @@
 
 import math
 import reprlib
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 from types import UnionType
@@ -27,6 +28,21 @@ def check_settings(settings: Any) -> None:
             raise LowRankError(f"{field.name} must be {wanted}; it is {reprlib.repr(value)}")
     if hasattr(settings, "seed"):
         check_seed(settings.seed)
+
+
+def check_choice(what: str, name: Any, choices: Iterable[str]) -> None:
+    """Raise unless a name is among the choices, which `what` says in a word.
+
+    >>> check_choice("form", "thin", ["factors", "interpolative"])
+    Traceback (most recent call last):
+    hf_lowrank.errors.LowRankError: unknown form 'thin'; there are factors, interpolative
+
+    Raises:
+        LowRankError: the message lists the choices.
+    """
+    known = list(choices)
+    if name not in known:
+        raise LowRankError(f"unknown {what} {name!r}; there are {', '.join(known)}")
 
 
 def check_seed(seed: int) -> None:

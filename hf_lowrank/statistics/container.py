@@ -190,6 +190,6 @@ class Statistics:
         return ", ".join(f"{key} {value}" for key, value in self.origin.items()) or "an unnamed model"
 
 
-def content_digest(folder: str | Path) -> str:
+def statistics_digest(folder: str | Path) -> str:
     """What tells saved statistics from all others: the checksum of their tensors."""
     return read_json(Path(folder) / RECORD)["sha256"]

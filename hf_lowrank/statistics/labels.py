@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.settings import check_seed
+from hf_lowrank.jobs.settings import check_choice, check_seed
 from hf_lowrank.model.predictions import Predicted, Readout, counted, predict
 from hf_lowrank.statistics.batches import Batch
 from hf_lowrank.statistics.losses import (
@@ -133,8 +132,7 @@ def labels_of(labels: str | Labels, seed: int = 0) -> Labels:
     """
     if not isinstance(labels, str):
         return labels
-    if labels not in LABELS:
-        raise LowRankError(f"unknown labels {labels!r}; there are {', '.join(LABELS)}")
+    check_choice("labels", labels, LABELS)
     return DataLabels() if labels == "data" else ModelLabels(seed)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.settings import check_choice
 
 LABELS = ("data", "model")  # whose labels the losses of samples are by
 
@@ -27,9 +27,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     Raises:
         LowRankError: it lists the kinds.
     """
-    unknown = [kind for kind in kinds if kind not in KIND_NEEDS]
-    if unknown:
-        raise LowRankError(f"unknown statistic {unknown[0]!r}; there are {', '.join(KIND_NEEDS)}")
+    for kind in kinds:
+        check_choice("statistic", kind, KIND_NEEDS)
 
 
 # The factors that take turns, in their order, the first pass taking the identity for the other; for so many passes.

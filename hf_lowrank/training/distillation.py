@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-
-IGNORED = -100
+from hf_lowrank.model.predictions import IGNORED
 
 
 @dataclass(frozen=True)

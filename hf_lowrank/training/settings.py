@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.settings import check_settings
+from hf_lowrank.jobs.settings import check_choice, check_settings
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class FinetuneConfig:
                 "epochs and learning rate must be above 0 and a batch at least 1 row; "
                 f"they are {self.epochs}, {self.learning_rate} and {self.batch_size}"
             )
-        if self.schedule not in ("linear", "constant"):
-            raise LowRankError(f"unknown schedule {self.schedule!r}; there are linear, constant")
+        check_choice("schedule", self.schedule, ("linear", "constant"))
         if self.patience is not None and self.patience < 1:
             raise LowRankError(
                 f"the patience of early stopping is a number of epochs, at least 1; it is {self.patience}"

@@ -1,15 +1,11 @@
 """Measurements as they come → lines of a file, so that work that was interrupted goes on where it was."""
 
-import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.claims import differences
@@ -71,15 +67,6 @@ class Journal:
             os.truncate(path, len(whole.encode()))
         if not lines:
             path.unlink()
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of all weights of a model, on whatever device."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def plain(value: Any) -> Any:

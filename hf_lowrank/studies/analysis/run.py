@@ -1,6 +1,5 @@
 """All studies of one model, one after the other: model + validation rows + statistics → an `Analysis`."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.model.targets import check_weights, find_targets, unstacked
+from hf_lowrank.model.weights import model_digest
 from hf_lowrank.solvers.family import COMPARED, get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Baseline, Evaluator
 from hf_lowrank.studies.analysis.findings import findings
-from hf_lowrank.studies.analysis.journal import Journal, plain, weights_digest
+from hf_lowrank.studies.analysis.journal import Journal, plain
 from hf_lowrank.studies.analysis.layers import YARDSTICK, LayerAnalysis, analyze_layers, correlations
 from hf_lowrank.studies.analysis.predictor import Correlation
 from hf_lowrank.studies.analysis.rank_sweep import SweepPoint, rank_sweep
@@ -29,6 +29,7 @@ from hf_lowrank.studies.analysis.recommend import recommend_layers, recommend_mo
 from hf_lowrank.studies.analysis.study import Study
 from hf_lowrank.studies.analysis.truncation import GroupTruncation, truncate_groups
 from hf_lowrank.tasks import Task
+from hf_lowrank.tasks.data import content_digest
 
 SWEEP_RATIOS = (0.1, 0.2, 0.33, 0.5, 0.7)
 
@@ -150,12 +151,12 @@ def analyze(
     targets = {name: target for name, target in targets.items() if name not in left}
     evaluator = Evaluator(model, tokenizer, task, validation, config.eval_samples, config.batch_size, config.seed)
     settings = {
-        "model_weights": weights_digest(model),
+        "model_weights": model_digest(model),
         "task": task.name,
         "layers": sorted(targets),
         "statistics": {"samples": statistics.samples, **statistics.origin},
         "validation_samples": evaluator.dense.samples,
-        "validation_data": _digest(evaluator.splits),
+        "validation_data": content_digest(evaluator.splits),
     }
     records = Journal(journal, settings)
     evaluations = _evaluations(config, len(targets))
@@ -186,10 +187,3 @@ def analyze(
 
 def _evaluations(config: AnalysisConfig, layers: int) -> int:
     return len(config.methods) * (len(config.ratios) + config.groups + layers)
-
-
-def _digest(splits: Sequence[Dataset]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for rows in splits:
-        digest.update(repr((list(rows["input_ids"]), list(rows["labels"]))).encode())
-    return digest.hexdigest()
