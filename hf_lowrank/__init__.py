@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_lowrank.solvers.family import METHODS
     from hf_lowrank.statistics.collect import compute_fisher, compute_statistics
     from hf_lowrank.statistics.container import Statistics
+    from hf_lowrank.training.heal import heal
 
 __version__ = "0.2.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "compress",
     "compute_fisher",
     "compute_statistics",
+    "heal",
     "push_folder",
 ]
 
@@ -51,6 +53,7 @@ __getattr__ = lazily(
         "compress": "compression.compress",
         "compute_fisher": "statistics.collect",
         "compute_statistics": "statistics.collect",
+        "heal": "training.heal",
         "push_folder": "folder.hub",
     },
 )

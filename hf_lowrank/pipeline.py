@@ -26,14 +26,17 @@ from hf_lowrank.folder.scores import with_divergence, with_score
 from hf_lowrank.jobs.checkpoint import MINUTES, Work
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.weights import model_digest
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.tasks import Task, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
+from hf_lowrank.tasks.data import data_name
 from hf_lowrank.tasks.task import Texts
 from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.divergence import Divergence, Reference
 from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits
+from hf_lowrank.training.heal import heal
 from hf_lowrank.training.limits import loss_limit, score_limit
 
 
@@ -149,6 +152,18 @@ class Pipeline:
             LowRankError: as `check_possible`.
         """
         check_possible(self.model, config)
+
+    def check_dense(self) -> None:
+        """Raise where the model was compressed before, and so is no teacher of what it becomes.
+
+        Raises:
+            LowRankError: it says how such a model is healed.
+        """
+        if isinstance(self.model, LowRankMixin):
+            raise LowRankError(
+                "the model was compressed before, and only a dense one can be the teacher of what becomes: compress "
+                "it without healing, and heal the result with the dense model as teacher"
+            )
 
     def calibration_digest(self) -> str:
         """A digest of the calibration samples, the same for any number of processes."""
@@ -284,6 +299,25 @@ class Pipeline:
         self.model, self.report = found.model, found.report
         self.facts["search"] = {**wanted, "tried": found.tried}
         return self.report
+
+    def heal(self, teacher: PreTrainedModel, name: str = "", **settings: Any) -> dict[str, Any]:
+        """Train the factors to say what the dense model says, without labels; what came of it, noted for the record.
+
+        Args:
+            teacher: the dense model that `compress` began with.
+            name: what records call it; by default as the model itself.
+            settings: those of `HealConfig`.
+
+        Raises:
+            LowRankError: as `heal`.
+        """
+        folder = None if self.work is None else self.work.folder / "healing"
+        tokenizer, task = self._reading
+        options: Any = {"dtype": self.dtype, "checkpoints": folder, "resume": True, **settings}
+        facts = heal(self.model, teacher, tokenizer, task, self.data_dir, **options)
+        data = data_name(task, self.data_dir)
+        self.facts["healing"] = facts | {"teacher": name or self.name, "data": data, "versions": versions()}
+        return facts
 
     def score(self, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, float]:
         """The figures of the task's metrics, and `score`, on all validation rows: of this model, or of another."""

@@ -2,7 +2,7 @@
 
 # ruff: noqa: I001  # commands appear in --help in this order
 from hf_lowrank.cli.app import app, main
-from hf_lowrank.cli import demo, analyze, sweep, compress, finetune, experiment, evaluate, inspect, verify, bench
+from hf_lowrank.cli import demo, analyze, sweep, compress, heal, finetune, experiment, evaluate, inspect, verify, bench
 from hf_lowrank.cli import densify, card, push, export, statistics, methods
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "experiment",
     "export",
     "finetune",
+    "heal",
     "inspect",
     "main",
     "methods",

@@ -57,6 +57,13 @@ class CompressOptions:
             "validation data (of --texts every tenth, which is not measured on).",
         ),
     ] = False
+    heal: Annotated[
+        bool,
+        typer.Option(
+            "--heal",
+            help="Then train the factors for a few minutes to say what the dense model says; see 'hf-lowrank heal'.",
+        ),
+    ] = False
     push_to_hub: Annotated[str | None, typer.Option(help="Publish it under this name; see 'hf-lowrank push'.")] = None
     job: JobOptions
     verbose: VerboseOption = False
@@ -84,7 +91,7 @@ class CompressOptions:
             raise LowRankError("texts have no labels; budgets by score or loss, and knapsack, need a --task")
         if task is not None or self.data.texts is not None:
             return task
-        measures = self.score or needs_labels
+        measures = self.score or needs_labels or self.heal
         if config.needs or measures:
             raise LowRankError(
                 f"compress needs a --task or --texts to measure on{'' if measures else f' by the method {self.method}'}"
@@ -135,6 +142,7 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
 def _compressed(model: str, task: "Task | None", config: CompressionConfig, given: CompressOptions) -> "Pipeline":
     """The model called `model`, compressed, and scored before if that was asked for."""
     from hf_lowrank.cli.work import check_memory, work_folder
+    from hf_lowrank.folder.loading import load_trained
     from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.statistics import Statistics
     from hf_lowrank.statistics.container import statistics_digest
@@ -143,6 +151,8 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
     pipeline.labels = pipeline.labels_for(config)
     pipeline.check(config)
+    if given.heal:
+        pipeline.check_dense()
     pipeline.facts["memory"] = memory
     if given.score and task is not None and task.has_labels:
         pipeline.score_dense()
@@ -154,11 +164,14 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
         data = statistics_digest(given.statistics)
     elif config.needs:
         data = pipeline.calibration_digest()
-    pipeline.begin(work_folder(given.output), asdict(config) | vars(given.search), data, **vars(given.job))
+    settings = asdict(config) | vars(given.search) | ({"heal": True} if given.heal else {})
+    pipeline.begin(work_folder(given.output), settings, data, **vars(given.job))
     if given.search.given:
         pipeline.search(config, measured, **vars(given.search))
     else:
         pipeline.compress(config, measured)
+    if given.heal and pipeline.task is not None:
+        pipeline.heal(load_trained(model, pipeline.task))
     return pipeline
 
 
@@ -171,6 +184,10 @@ def _show(pipeline: "Pipeline", given: CompressOptions, seconds: float) -> None:
     if given.as_json:
         return print_json({**facts, "output": str(given.output), **report.to_dict()})
     console.print(report if given.verbose else report.summary(), highlight=False)
+    if "healing" in facts:
+        from hf_lowrank.cli.heal import healed_line
+
+        console.print(healed_line(facts["healing"]), highlight=False)
     if "score_compressed" in facts and pipeline.task is not None:
         before = "given" if "score_given" in facts else "dense"
         console.print(

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from hf_lowrank.allocation.budget import BUDGETS
 
+AFTERWARDS = {"healing": "healed", "finetuning": "fine-tuned"}  # what a record says was done after the compression
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -165,7 +167,7 @@ def described(step: dict[str, Any]) -> str:
     """
     settings = step.get("settings", {})
     budget = [f"{kind} {settings[kind]}" for kind in BUDGETS if settings.get(kind) is not None]
-    tuned = " and fine-tuned" if "finetuning" in step else ""
+    tuned = "".join(f" and {word}" for key, word in AFTERWARDS.items() if key in step)
     made = ", ".join(["before" + (f" by {settings['method']}" if settings else ""), *budget])
     return f"compressed {made}, to {_count(step['parameters_after'])} parameters{tuned}"
 

@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 # What is kept of the record of an earlier compression.
 STEP = (
-    *("settings", "parameters_after", "statistics", "versions", "task", "data", "finetuning"),
+    *("settings", "parameters_after", "statistics", "versions", "task", "data", "healing", "finetuning"),
     *("score_compressed", "score_finetuned", "scored_on"),
 )
 

@@ -59,7 +59,7 @@ def predict(model: nn.Module, batch: dict[str, Any], readout: Readout | None = N
     Raises:
         LowRankError: the model's output is of another kind.
     """
-    return read(model, model(**_inputs(model, batch)), batch, readout)
+    return read(model, model(**unlabelled(model, batch)), batch, readout)
 
 
 def read(model: nn.Module, outputs: Any, batch: dict[str, Any], readout: Readout | None = None) -> Predicted:
@@ -125,7 +125,7 @@ def mean_pooled(outputs: Any, batch: dict[str, Any]) -> Tensor:
     return F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1), dim=-1)
 
 
-def _inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def unlabelled(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch without its labels, but for those that a decoder reads, shifted, as its own inputs."""
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     labels: Any = batch.get("labels")

@@ -35,12 +35,12 @@ class ByLength(Sampler):
         arguments = self.trainer.args
         epoch = int(self.trainer.state.epoch or 0)
         seed = int(np.random.SeedSequence([arguments.seed, epoch]).generate_state(1)[0])
-        batch = arguments.train_batch_size * arguments.world_size
+        batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         return iter(get_length_grouped_indices(self.lengths, batch, generator=torch.Generator().manual_seed(seed)))
 
 
-class Watch(TrainerCallback):
-    """Our progress bar, on stderr, instead of the Trainer's own; and the end of a run that diverges."""
+class Bar(TrainerCallback):
+    """Our progress bar, on stderr, instead of the Trainer's own."""
 
     def __init__(self, title: str, progress: bool) -> None:
         self.title, self.progress = title, progress
@@ -52,15 +52,19 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.shown.update()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.shown.close()
+
+
+class Watch(Bar):
+    """The bar, and the end of a run that diverges."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise LowRankError(
                 f"the training diverged: its loss is {logs['loss']} after {state.global_step} steps; "
                 "lower the learning rate"
             )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.shown.close()
 
 
 def trainer_arguments(

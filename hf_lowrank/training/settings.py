@@ -48,3 +48,46 @@ class FinetuneConfig:
             raise LowRankError(
                 f"the patience of early stopping is a number of epochs, at least 1; it is {self.patience}"
             )
+
+
+@dataclass(frozen=True)
+class HealConfig:
+    """How to heal: Adam on the factors alone, over texts without labels, with cosine decay to 0 after a warm-up.
+
+    Args:
+        samples: training rows to learn from.
+        epochs: passes over them; a fraction is allowed.
+        held_out: other training rows, on which the divergence from the teacher is measured.
+        rates: learning rates that are tried, each from the start in a short training; the best one goes on.
+        batch_size: rows of one step, over all processes.
+        accumulate: parts of a step that are computed one after the other, where memory is short.
+        hidden: weight of the relative squared errors of the blocks' hidden states, beside the outputs' divergence.
+        patience: stop after so many measurements in a row that were no better than the best.
+        seed: which rows, and their order.
+        bf16: compute in bfloat16 where that is safe (autocast); factors and optimizer stay float32.
+
+    Raises:
+        LowRankError: a number is out of range.
+    """
+
+    samples: int = 2048
+    epochs: float = 1
+    held_out: int = 256
+    rates: tuple[float, ...] = (3e-5, 1e-4)
+    batch_size: int = 32
+    accumulate: int = 1
+    hidden: float = 0.1
+    patience: int = 3
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        counts = self.samples, self.held_out, self.batch_size, self.accumulate, self.patience
+        if min(counts) < 1 or not 0 < self.epochs < math.inf or not 0 <= self.hidden < math.inf:
+            raise LowRankError(
+                "samples, held_out, batch_size, accumulate and patience must be at least 1, epochs above 0 and hidden "
+                f"at least 0; they are {', '.join(map(str, counts))}, {self.epochs} and {self.hidden}"
+            )
+        if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
+            raise LowRankError(f"rates are learning rates above 0, at least one; they are {list(self.rates)}")

@@ -1,0 +1,355 @@
+"""low-rank model + the dense one it was made from + texts without labels → the same model, its factors trained.
+
+A short distillation of the factors alone. It never ends farther from the teacher than it began, on held-out texts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.checkpoint import Store
+from hf_lowrank.jobs.distributed import agreed, on_main
+from hf_lowrank.jobs.files import read_json, write_json
+from hf_lowrank.model.checks import check_model
+from hf_lowrank.model.predictions import divergences, read, unlabelled
+from hf_lowrank.model.targets import factorized_layers, weight_shape
+from hf_lowrank.model.weights import is_sharded, model_digest
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+from hf_lowrank.tasks import Task, collator, encode, load_split
+from hf_lowrank.training.divergence import Reference
+from hf_lowrank.training.running import Bar, ByLength, as_before, checkpoint_folder, last_checkpoint, trainer_arguments
+from hf_lowrank.training.settings import HealConfig
+
+CHECKS = 6  # measurements on held-out texts in the course of a training
+TRIAL = 1 / 8  # of the steps, for each rate that is tried
+WARM_UP = 0.1  # of the steps
+FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
+HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")  # of outputs: after every block
+RATE, BEST = "rate.json", "best"
+DENSE_ONE = "give the dense model that this one was made from"
+
+Batch = dict[str, Any]
+
+
+def heal(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    data_dir: Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train the factors of a low-rank `model`, in place, to say what its `teacher` says.
+
+    The loss of a sample is the divergence of its predictions from the teacher's (see `divergences`; of tokens their
+    mean) plus `hidden` times the mean relative squared error of the hidden states after every block. No label is read.
+    All other weights stay as they are, bit for bit, and dropout is off.
+
+    Args:
+        model: low-rank, with whole factors: neither quantized nor with an adapter.
+        teacher: the dense model that it was made from. It is not changed.
+        tokenizer: of both.
+        task: whose training rows are read; a task of texts alone will do (see `texts_task`).
+        data_dir: a folder with the task's files; None for the Hub's.
+        dtype: in which the weights are to be stored; None for the model's. The result is judged as rounded to it.
+        checkpoints: a folder for them; None for none.
+        resume: go on with an interrupted run in `checkpoints`, to the same weights.
+        progress: whether bars are shown.
+        settings: those of `HealConfig`.
+
+    Returns:
+        `divergence_before` and `divergence_after` (held-out, in nats), `healed` (False where nothing better was
+        found and the start kept), `learning_rate`, `tried` (rate and divergence of each trial), `best_step`, `samples`,
+        `held_out`, `steps`, `seconds` (of this call) and `settings`, plain JSON values.
+
+    Raises:
+        LowRankError: the model is not low-rank, quantized or sharded; the teacher is not the dense form of it; unusable
+            data or settings; checkpoints of other settings.
+    """
+    config = HealConfig(**settings)
+    check_teacher(model, teacher)
+    started, training, own_dtype = time.perf_counter(), model.training, model.dtype
+    task = task.without_labels()
+    rows, held_out = _texts(tokenizer, task, data_dir, model, config)
+    reference = Reference(teacher, tokenizer, task, [held_out], config.batch_size)
+    described = asdict(config) | {"rates": list(config.rates)}
+    with checkpoint_folder(checkpoints) as folder, as_before(model):
+        origin = {"model weights": model_digest(model), "teacher's weights": model_digest(teacher), "task": task.name}
+        start = last_checkpoint(folder, described | origin | {"rows": len(rows)}, resume)
+        place = PartialState().device
+        nn.Module.to(teacher, place).eval()
+        nn.Module.to(model, place, torch.float32)  # small steps would be rounded away in half precision
+        with _factors_alone(model) as factors:
+            healing = _Healing(model, teacher, factors, rows, reference, collator(task, tokenizer), config, progress)
+            facts = _healed(healing, folder, start, checkpoints is not None, dtype or own_dtype)
+    nn.Module.to(model.train(training), own_dtype)
+    counts = {"samples": len(rows), "held_out": len(held_out), "seconds": time.perf_counter() - started}
+    return facts | counts | {"settings": described}
+
+
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise unless `teacher` is the dense form of the low-rank `model`.
+
+    Raises:
+        LowRankError: the message says what does not fit.
+    """
+    check_model(model)
+    check_model(teacher)
+    if not isinstance(model, LowRankMixin) or is_sharded(model):
+        problem = "is sharded by FSDP2" if is_sharded(model) else "is not a low-rank model: compress it first"
+        raise LowRankError(f"the {type(model).__name__} {problem}; there are no whole factors to heal")
+    if type(teacher) is not model.base_model_class:
+        raise LowRankError(
+            f"the teacher is a {type(teacher).__name__}, and the model a low-rank {model.base_model_class.__name__}: "
+            f"{DENSE_ONE}"
+        )
+    layers, theirs = model.factorized_layers(), dict(teacher.named_modules())
+    for name, layer in layers.items():
+        if name in theirs and weight_shape(theirs[name]) != weight_shape(layer):
+            shapes = f"{list(weight_shape(theirs[name]))}, the low-rank model's {list(weight_shape(layer))}"
+            raise LowRankError(f"the teacher is another model: its {name} is {shapes}; {DENSE_ONE}")
+    inside = tuple(f"{name}." for name in layers)
+    own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(inside)}
+    for name, weight in teacher.state_dict().items():
+        if name in own and weight.is_floating_point() and _farther(own[name], weight):
+            raise LowRankError(f"the teacher is another model: its {name} is not the low-rank model's; {DENSE_ONE}")
+
+
+def _farther(weight: Tensor, other: Tensor) -> bool:
+    """Whether two weights are not the same but for rounding and a little fine-tuning."""
+    if weight.shape != other.shape:
+        return True
+    weight, other = weight.float(), other.to(weight.device).float()
+    return bool((weight - other).norm() > FARTHEST * other.norm())
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
+) -> tuple[Dataset, Dataset]:
+    """Training rows to learn from, and others to judge by, chosen by the seed."""
+    rows = load_split(task, "train", data_dir).shuffle(seed=config.seed)
+    if len(rows) < 2:
+        raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {len(rows)}")
+    held = min(config.held_out, len(rows) // 2)
+    last = min(held + config.samples, len(rows))
+    learnt, judged = rows.select(range(held, last)), rows.select(range(held))
+    return encode(learnt, task, tokenizer, model.config), encode(judged, task, tokenizer, model.config)
+
+
+@contextmanager
+def _factors_alone(model: PreTrainedModel) -> Iterator[dict[str, nn.Parameter]]:
+    """Within the block only the parameters of factorized layers take gradients; they are given by name."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    inside = tuple(f"{name}." for name in factorized_layers(model))
+    factors = {name: p for name, p in model.named_parameters() if name.startswith(inside)}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in factors)
+        yield factors
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+            parameter.grad = None
+
+
+@dataclass
+class _Healing:
+    """A model, its teacher and the texts, from which trainings begin, at one rate or another."""
+
+    model: PreTrainedModel
+    teacher: PreTrainedModel
+    factors: dict[str, nn.Parameter]
+    rows: Dataset
+    reference: Reference
+    collate: Callable[[list[Any]], Batch]
+    config: HealConfig
+    progress: bool
+
+    @property
+    def steps(self) -> int:
+        """Of a whole training."""
+        return max(1, round(self.config.epochs * math.ceil(len(self.rows) / self.config.batch_size)))
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the factors, in main memory."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self.factors.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Bring back factors of an earlier `state`."""
+        for name, parameter in self.factors.items():
+            parameter.copy_(state[name])
+
+    def losses(self, run: nn.Module, batch: Batch) -> Tensor:
+        """The loss of every sample of a batch [samples]; `run` is the model, wrapped or not."""
+        inputs = unlabelled(self.model, batch) | {"output_hidden_states": self.config.hidden > 0}
+        with torch.no_grad():
+            told = self.teacher(**inputs)
+        said = run(**inputs)
+        reference, own = read(self.teacher, told, batch), read(self.model, said, batch)
+        rows = divergences(reference, own)
+        losses = rows.new_zeros(own.samples).index_add(0, own.sample, rows) / own.counts.clamp_min(1)
+        return losses + self.config.hidden * hidden_errors(said, told, batch) if self.config.hidden else losses
+
+    def divergence(self) -> float:
+        """That of the model from its teacher, on the held-out texts; the main process's counts on all of them."""
+        mean = agreed(self.reference.divergence(self.model, progress=False).mean)
+        return mean if math.isfinite(mean) else math.inf
+
+    def train(
+        self, rate: float, steps: int, folder: Path, best: "_Best | None" = None, start: str | None = None, **saved: Any
+    ) -> None:
+        """`steps` steps at a learning rate; with `best`, measured on the way and at the end."""
+        checks = {"eval_strategy": "steps", "eval_steps": _check_steps(steps)} if best else {}
+        arguments = trainer_arguments(
+            folder,
+            self.config.batch_size,
+            rate,
+            self.config.seed,
+            self.config.bf16,
+            self.config.accumulate,
+            max_steps=steps,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, round(WARM_UP * steps)),
+            logging_strategy="no",
+            **{"save_strategy": "no"} | checks | saved,
+        )
+        trainer = _Trainer(self, arguments, best)
+        trainer.remove_callback(PrinterCallback)  # it would print figures to stdout, which is for the result
+        title = "healing" if best else f"trying the rate {rate:g}"
+        for callback in (Bar(title, self.progress), *([best] if best else [])):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=start)
+        if best and best.measured != trainer.state.global_step:
+            best.judge(self.divergence(), trainer.state.global_step)
+
+
+def hidden_errors(outputs: Any, teachers: Any, batch: Batch) -> Tensor:
+    """‖h − h'‖² / ‖h'‖² of every sample, over tokens that are no padding, its mean over all blocks [samples]."""
+    errors = []
+    for kind in HIDDEN:
+        own, theirs = getattr(outputs, kind, None), getattr(teachers, kind, None)
+        for one, other in zip(own[1:] if own else (), theirs[1:] if theirs else (), strict=True):
+            one, other = _unpadded(one, batch).float(), _unpadded(other, batch).float()
+            errors.append((one - other).square().flatten(1).sum(1) / other.square().flatten(1).sum(1))
+    return torch.stack(errors).mean(0) if errors else torch.zeros(1)
+
+
+def _unpadded(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states [samples, tokens, width] with 0 in the place of padding."""
+    mask: Any = batch.get("attention_mask")
+    same = isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]
+    return hidden * mask[..., None].to(hidden) if same else hidden
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer with a teacher in the place of labels."""
+
+    def __init__(self, healing: _Healing, arguments: Any, best: "_Best | None") -> None:
+        super().__init__(
+            healing.model,
+            arguments,
+            train_dataset=healing.rows,
+            eval_dataset=healing.reference.validation[0],
+            data_collator=healing.collate,
+        )
+        self.healing, self.best = healing, best
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the samples of a part
+        self.lengths = [len(ids) for ids in healing.rows["input_ids"]]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return ByLength(self, self.lengths)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_divergence": self.healing.divergence()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return self.healing.losses(model.eval(), inputs).mean()  # without dropout
+
+
+class _Best(TrainerCallback):
+    """Keeps the factors of least divergence, and ends a training that no longer comes nearer."""
+
+    def __init__(self, healing: _Healing, start: float, store: Store | None) -> None:
+        self.healing, self.store = healing, store
+        self.divergence, self.step, self.state, self.measured = start, 0, healing.state(), 0
+        if store is not None and on_main(lambda: BEST in store.names()):
+            self.state, facts = store.load(BEST)
+            self.divergence, self.step = facts["divergence"], facts["step"]
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **rest: Any) -> None:
+        self.judge(metrics["eval_divergence"], state.global_step)
+        if state.global_step - self.step >= self.healing.config.patience * args.eval_steps:
+            control.should_training_stop = True
+
+    def judge(self, divergence: float, step: int) -> None:
+        """Keep the factors as they are now, if they are the nearest so far."""
+        self.measured = step
+        if divergence < self.divergence:
+            self.divergence, self.step, self.state = divergence, step, self.healing.state()
+            if (store := self.store) is not None:
+                on_main(lambda: store.save(BEST, (self.state, {"divergence": divergence, "step": step})))
+
+
+def _healed(healing: _Healing, folder: Path, start: str | None, saves: bool, stored: torch.dtype) -> dict[str, Any]:
+    """Find the rate, train, and leave the model with the best factors as stored, or with those it had; the facts."""
+    before, beginning, steps = healing.divergence(), healing.state(), healing.steps
+    store = Store(folder / BEST)
+    if start is None:
+        on_main(store.remove)
+    rate, tried = _rate(healing, folder, beginning, start is not None)
+    best = _Best(healing, before, store if saves else None)
+    saving = {"save_strategy": "steps", "save_steps": _check_steps(steps), "save_total_limit": 1} if saves else {}
+    healing.train(rate, steps, folder, best, start, **saving)
+    healing.restore({name: tensor.to(stored).float() for name, tensor in best.state.items()})
+    after = best.divergence if stored == torch.float32 else healing.divergence()
+    healed = best.step > 0 and after < before
+    if not healed:
+        healing.restore(beginning)
+    facts = {"divergence_before": before, "divergence_after": after if healed else before, "healed": healed}
+    return facts | {"learning_rate": rate, "tried": tried, "steps": steps, "best_step": best.step if healed else 0}
+
+
+def _rate(
+    healing: _Healing, folder: Path, beginning: dict[str, Tensor], resumed: bool
+) -> tuple[float, list[dict[str, float]]]:
+    """The rate that comes nearest to the teacher in a short training, and what each came to; the model is as before."""
+    if resumed and on_main((folder / RATE).is_file):
+        found = on_main(lambda: read_json(folder / RATE))
+        return found["rate"], found["tried"]
+    tried = []
+    rates = healing.config.rates
+    for rate in rates if len(rates) > 1 else ():
+        healing.train(rate, max(1, round(TRIAL * healing.steps)), folder)
+        tried.append({"rate": rate, "divergence": healing.divergence()})
+        healing.restore(beginning)
+    best = min(tried, key=lambda one: one["divergence"])["rate"] if tried else rates[0]
+    on_main(lambda: write_json(folder / RATE, {"rate": best, "tried": tried}))
+    return best, tried
+
+
+def _check_steps(steps: int) -> int:
+    """How many steps lie between two measurements."""
+    return math.ceil(steps / CHECKS)

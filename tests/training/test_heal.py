@@ -1,0 +1,260 @@
+"""Healing brings a low-rank model nearer to its teacher, by its factors alone, and never takes it farther away."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+import hf_lowrank.training.heal as healing
+from hf_lowrank import CompressionConfig, LowRankError, compress
+from hf_lowrank.tasks import get_task, load_validation
+from hf_lowrank.tasks.texts import given_texts, texts_task
+from hf_lowrank.training.divergence import Reference
+from hf_lowrank.training.heal import heal
+from hf_lowrank.training.settings import HealConfig
+from tests.helpers import bert_config, tiny_gpt2, tiny_t5
+from tests.launches import Job
+from tests.tiny_task import WORDS, tiny_tokenizer, write_cola
+
+FAST: dict[str, Any] = {"rates": (3e-3,), "batch_size": 8, "epochs": 4, "held_out": 16, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cola(tmp_path_factory.mktemp("data"))
+
+
+def dense(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(bert_config(num_labels=2, initializer_range=0.3, **changes)).eval()
+
+
+def low_rank(form: str = "factors", **changes: Any) -> PreTrainedModel:
+    return compress(dense(**changes), CompressionConfig("svd", 0.25, form=form), progress=False)[0]
+
+
+def distance(model: PreTrainedModel, tokenizer: Any, data: Path, teacher: PreTrainedModel | None = None) -> float:
+    """From the teacher, on the validation texts, which healing does not see."""
+    task = get_task("cola").without_labels()
+    rows = load_validation(task, data, tokenizer, model.config)
+    return Reference(teacher or dense(), tokenizer, task, rows).divergence(model, progress=False).mean
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(weight, theirs[name]) for name, weight in one.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["factors", "interpolative"])
+def test_it_comes_nearer_and_the_factors_alone_have_changed(data: Path, tokenizer: Any, form: str) -> None:
+    model, start, teacher = low_rank(form), low_rank(form), dense()
+    facts = heal(model, teacher, tokenizer, get_task("cola"), data, **FAST)
+    assert facts["healed"]
+    assert facts["divergence_after"] < facts["divergence_before"]
+    assert distance(model, tokenizer, data) < distance(start, tokenizer, data)
+    assert same(teacher, dense())
+    inside = tuple(f"{name}." for name in model.lowrank_ranks)
+    before = start.state_dict()
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all(name.startswith(inside) and not name.endswith(".order") for name in changed)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    json.dumps(facts)
+
+
+def test_the_same_seed_gives_the_same_weights_and_the_best_rate_goes_on(data: Path, tokenizer: Any) -> None:
+    models = [low_rank(), low_rank()]
+    rates = {"rates": (3e-3, 1e-6), "epochs": 5}
+    facts = [heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | rates) for model in models]
+    assert same(*models)
+    assert facts[0]["learning_rate"] == min(facts[0]["tried"], key=lambda tried: tried["divergence"])["rate"]
+    assert facts[0]["tried"] == facts[1]["tried"]
+    alone = low_rank()  # what was tried leaves nothing behind
+    heal(alone, dense(), tokenizer, get_task("cola"), data, **FAST | rates | {"rates": (facts[0]["learning_rate"],)})
+    assert same(alone, models[0])
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e30])
+def test_what_makes_it_worse_is_undone(data: Path, tokenizer: Any, rate: float) -> None:
+    model = low_rank()
+    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | {"rates": (rate,), "epochs": 1})
+    assert not facts["healed"]
+    assert facts["divergence_after"] == facts["divergence_before"]
+    assert same(model, low_rank())
+
+
+def test_rounding_counts_and_half_precision_stays(data: Path, tokenizer: Any) -> None:
+    """In bfloat16 steps of 1e-12 are lost: the rounded factors are no nearer, and those it had stay."""
+    model, start = low_rank().bfloat16(), low_rank().bfloat16()
+    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | {"rates": (1e-12,), "epochs": 1})
+    assert not facts["healed"]
+    assert model.dtype == torch.bfloat16
+    assert same(model, start)
+    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **FAST)
+    assert facts["healed"]
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_of_full_rank_has_nothing_to_gain(data: Path, tokenizer: Any) -> None:
+    model = compress(dense(), CompressionConfig("svd", params=dense().num_parameters() - 1), progress=False)[0]
+    before = distance(model, tokenizer, data)
+    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | {"epochs": 1})
+    assert facts["divergence_after"] <= facts["divergence_before"]
+    assert distance(model, tokenizer, data) <= 2 * before + 1e-6
+
+
+def test_the_loss_of_the_teacher_itself_is_zero_and_grows_with_every_blocks_error(tokenizer: Any) -> None:
+    model = dense()
+    batch = dict(tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt"))
+    with torch.no_grad():
+        theirs = model(**batch, output_hidden_states=True)
+    assert float(healing.hidden_errors(theirs, theirs, batch).sum()) == 0
+    other = copy.deepcopy(theirs)
+    other.hidden_states = tuple(state * 1.1 for state in theirs.hidden_states)
+    torch.testing.assert_close(healing.hidden_errors(other, theirs, batch), torch.full((2,), 0.01), rtol=1e-4, atol=0)
+    padded = copy.deepcopy(theirs)
+    for state in padded.hidden_states:
+        state[1, 3:] += 1  # padding of the second text
+    assert float(healing.hidden_errors(padded, theirs, batch)[1]) == 0
+
+
+def test_parts_of_a_step_add_up_to_it(data: Path, tokenizer: Any) -> None:
+    models = [low_rank(), low_rank()]
+    for model, parts in zip(models, (1, 4), strict=True):
+        heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | {"accumulate": parts, "epochs": 1})
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conll2003", "tinystories", "texts"])
+def test_every_kind_of_model_is_healed_on_texts(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    texts = [" ".join(WORDS[(n * 5 + k) % 40] for k in range(n % 7 + 2)) for n in range(24)]
+    teacher = {
+        "conll2003": lambda: BertForTokenClassification(bert_config(num_labels=9, initializer_range=0.3)),
+        "tinystories": tiny_gpt2,
+        "texts": tiny_gpt2,
+    }[kind]().eval()
+    teacher.config.architectures = [type(teacher).__name__]
+    task = texts_task(given_texts(texts), teacher.config) if kind == "texts" else get_task(kind)
+    column = {"tokens": [text.split() for text in texts]} if kind == "conll2003" else {"text": texts}
+    Dataset.from_dict(column).to_parquet(tmp_path / "train.parquet")  # without labels
+    model = compress(copy.deepcopy(teacher), CompressionConfig("svd", 0.25), progress=False)[0]
+    data = None if kind == "texts" else tmp_path
+    facts = heal(model, teacher, tokenizer, task, data, **FAST | {"held_out": 8, "epochs": 6})
+    assert facts["healed"]
+
+
+@pytest.mark.slow
+def test_an_interrupted_healing_goes_on_to_the_same_weights(
+    data: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FAST | {"rates": (3e-3, 1e-3), "patience": 9}
+    whole = low_rank()
+    expected = heal(whole, dense(), tokenizer, get_task("cola"), data, **options)
+
+    class Killer(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step == 16 and args.save_strategy != "no":
+                raise KeyboardInterrupt
+
+    begin = healing._Trainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(healing._Trainer, "__init__", lambda self, *a: (begin(self, *a), self.add_callback(Killer()))[0])
+        with pytest.raises(KeyboardInterrupt):
+            heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, **options)
+    with pytest.raises(LowRankError, match="checkpoints of an interrupted run; resume it"):
+        heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, **options)
+    other = options | {"hidden": 1}
+    with pytest.raises(LowRankError, match="checkpoints of a run with hidden 0.1, not 1"):
+        heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, resume=True, **other)
+    torch.manual_seed(99)
+    for _ in range(2):  # once more from the end, where nothing is left to do
+        resumed = low_rank()
+        facts = heal(resumed, dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, resume=True, **options)
+        assert same(whole, resumed)
+        assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def _heal_and_save(data: Path, out: Path) -> None:
+    model = low_rank()
+    heal(model, dense(), tiny_tokenizer(), get_task("cola"), data, **FAST | {"epochs": 2, "rates": (3e-3, 1e-3)})
+    torch.save(model.state_dict(), out.with_name(f"{out.name}{torch.distributed.get_rank()}"))
+
+
+@pytest.mark.slow
+def test_two_processes_heal_as_one_does(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    alone = low_rank()
+    heal(alone, dense(), tokenizer, get_task("cola"), data, **FAST | {"epochs": 2, "rates": (3e-3, 1e-3)})
+    Job(tmp_path / "log", _heal_and_save, data, tmp_path / "rank", processes=2).done()
+    zero, one = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    for name, weight in alone.state_dict().items():
+        assert torch.equal(zero[name], one[name])
+        torch.testing.assert_close(zero[name], weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_bf16_changes_the_arithmetic_of_training_alone(data: Path, tokenizer: Any) -> None:
+    exact, mixed = low_rank(), low_rank()
+    for model, bf16 in ((exact, False), (mixed, True)):
+        assert heal(model, dense(), tokenizer, get_task("cola"), data, bf16=bf16, **FAST)["healed"]
+    assert not same(exact, mixed)
+    assert mixed.dtype == torch.float32
+    assert "forward" not in mixed.__dict__
+
+
+def test_another_teacher_is_refused(data: Path, tokenizer: Any) -> None:
+    torch.manual_seed(1)
+    stranger = BertForSequenceClassification(bert_config(num_labels=2))
+    wide = dense(intermediate_size=128)
+    for teacher, message in (
+        (stranger, "the teacher is another model: its .* is not the low-rank model's"),
+        (wide, r"its bert.encoder.layer.0.intermediate.dense is \[128, 32\], the low-rank model's \[64, 32\]"),
+        (low_rank(), "the teacher is a LowRankBert.*give the dense model that this one was made from"),
+        (tiny_t5(), "the teacher is a T5.*and the model a low-rank BertForSequenceClassification"),
+    ):
+        with pytest.raises(LowRankError, match=message):
+            heal(low_rank(), teacher, tokenizer, get_task("cola"), data, **FAST)
+    with pytest.raises(LowRankError, match="is not a low-rank model: compress it first"):
+        heal(dense(), dense(), tokenizer, get_task("cola"), data, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 0}, "must be at least 1, epochs above 0"),
+        ({"epochs": 0}, "must be at least 1, epochs above 0"),
+        ({"rates": ()}, "rates are learning rates above 0, at least one"),
+        ({"rates": (1e-3, -1.0)}, "rates are learning rates above 0"),
+        ({"batch_size": 8, "accumulate": 3}, "a batch of 8 rows cannot be shared by 1 processes, 3 parts each"),
+    ],
+)
+def test_bad_settings_are_named(data: Path, tokenizer: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(LowRankError, match=message):
+        heal(low_rank(), dense(), tokenizer, get_task("cola"), data, **FAST | settings)
+
+
+def test_one_text_is_too_few(tokenizer: Any) -> None:
+    model = low_rank()
+    model.config.architectures = ["BertForSequenceClassification"]
+    with pytest.raises(LowRankError, match="healing takes two texts at least"):
+        heal(model, dense(), tokenizer, texts_task(given_texts(["w1"]), model.config), **FAST)
+    assert HealConfig().samples == 2048
