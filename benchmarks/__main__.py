@@ -27,6 +27,7 @@ from benchmarks import (
     mutation,
     profile_compress,
     scaling,
+    sequential,
     startup,
     truncated_svd,
 )
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "scaling": scaling.run,
     "calibration": calibration.run,
     "attention": attention.run,
+    "sequential": sequential.run,
     "convergence": convergence.run,
     "coverage": coverage.run,
     "convolutions": convolutions.run,
@@ -56,7 +58,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "mutation": mutation.run,
 }
 
-NEED_MODEL = ("attention", "calibration", "labels", "profile")
+NEED_MODEL = ("attention", "calibration", "labels", "profile", "sequential")
 BY_NAME = ("mutation",)  # too long to be run along with the others
 
 DESCRIPTION = """\
@@ -75,6 +77,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   labels         labels of the data against drawn ones, by three seeds; needs --model       about 10 minutes for MiniLM
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
+  sequential     factors behind the compressed prefix against one-shot ones; needs --model about 15 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
@@ -176,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
     parser.add_argument("--sample", type=_positive, default=200, help="mutation: mutants to try (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="mutation: which mutants are drawn (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="mutation: which mutants; sequential: which samples (default: 0)"
+    )
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
         "--model", help="calibration, labels, profile, and convergence: a real model, a folder or a name on the Hub"

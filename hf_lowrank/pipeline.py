@@ -265,7 +265,8 @@ class Pipeline:
         config = config or CompressionConfig(**settings)
         measured = statistics or self.statistics(config)
         profile = self.profile(config, measured)
-        self.model, self.report = compress(self.model, config, measured, work=self.work, profile=profile)
+        rest: Any = {"work": self.work, "profile": profile, "batches": self._rows_again(config, measured)}
+        self.model, self.report = compress(self.model, config, measured, **rest)
         return self.report
 
     def search(
@@ -292,7 +293,8 @@ class Pipeline:
         kept = keep_score is not None
         limit = score_limit(*reading, keep_score or 1.0) if kept else loss_limit(*reading, max_loss_increase or 0.0)
         try:
-            found = search_smallest(self.model, config, measured, limit.measure, limit.accepts, profile)
+            rest: Any = {"batches": self._rows_again(config, measured)}
+            found = search_smallest(self.model, config, measured, limit.measure, limit.accepts, profile, **rest)
         except LowRankError as error:
             raise LowRankError(f"{error}; wanted {limit}") from None
         wanted = {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
@@ -401,6 +403,12 @@ class Pipeline:
         if self.tokenizer is None or self.task is None:
             raise LowRankError("there is no task to measure on: load the model for one")
         return self.tokenizer, self.task
+
+    def _rows_again(self, config: CompressionConfig, statistics: Statistics | None) -> DataLoader | None:
+        """The samples of the statistics, for sequential factors."""
+        if statistics is None or not config.sequential:
+            return None
+        return self._rows(self.samples, "data" if statistics.labels == "data" else "model")
 
     def _rows(self, samples: int, labels: str | None) -> DataLoader:
         tokenizer, task = self._reading

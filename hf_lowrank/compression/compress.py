@@ -1,7 +1,7 @@
 """The one place that edits a model: its targeted linears become low-rank factors, one at a time."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
+from hf_lowrank.compression.sequential import behind_each_other, check_sequential
 from hf_lowrank.compression.solution import LayerSolver, kept_report
 from hf_lowrank.compression.uses import layers_for
 from hf_lowrank.errors import LowRankError
@@ -19,12 +20,14 @@ from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import Target, check_weights, dense_parameters, factorized_layers, find_targets
-from hf_lowrank.model.weights import is_sharded, placed_like, unwrapped
+from hf_lowrank.model.weights import is_sharded, placed_like, stored_parts, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts, submodule
 from hf_lowrank.nn.layers_lowrank import LowRankLinear
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
+from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.prefix import Prefix, marked_batches
 
 
 def compress(
@@ -34,6 +37,7 @@ def compress(
     progress: bool = True,
     profile: Profile | None = None,
     work: Work | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
 
@@ -52,17 +56,21 @@ def compress(
         progress: whether bars are shown.
         profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
         work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
+        batches: the samples of the statistics, with several processes a share of them, for `config.sequential`.
 
     Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
     DistributedDataParallel is taken out of it.
 
     Raises:
         LowRankError: nothing matches a pattern; a weight is not finite; statistics are missing, of another model or of
-            other shapes; the budget cannot be met; the model is sharded over processes.
+            other shapes; the budget cannot be met; the model is sharded over processes; `config.sequential` without
+            batches, or with layers that it is not for.
     """
     model = unwrapped(model)
     targets = checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
+    if config.sequential and batches is None:
+        raise LowRankError("sequential factors need the samples once more: give `batches`, those of the statistics")
     earlier, started = earlier_steps(model), time.perf_counter()
     before, now = dense_parameters(model), model.num_parameters()
     left = unreached(targets, statistics)
@@ -77,11 +85,16 @@ def compress(
 
     decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
+    chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
+    prefix = None
+    if config.sequential and chosen:
+        whose = "model" if statistics is not None and statistics.labels != "data" else "data"
+        prefix = Prefix.of(model, chosen, marked_batches(model, chosen, batches or (), whose, progress))
     try:
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
-    layers = _replace_layers(model, solver, ranks, config, progress, work)
+    layers = _replace_layers(model, solver, ranks, config, progress, work, prefix)
     layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
     described = {}
     if statistics is not None and config.needs:
@@ -109,6 +122,7 @@ def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[s
         )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
+    check_sequential(targets, config)
     if config.form != "factors" and any(target.kind in ("embedding", "convolution") for target in targets.values()):
         raise LowRankError(
             f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
@@ -166,24 +180,28 @@ def _replace_layers(
     config: CompressionConfig,
     progress: bool,
     work: Work | None,
+    prefix: Prefix | None,
 ) -> dict[str, LayerReport]:
     """Put factors in the place of every layer that has a rank; each process solves its share."""
     targets = solver.targets
     layers = {name: kept_report(targets[name]) for name, rank in ranks.items() if rank is None}
     costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
-
-    def solve(name: str) -> Result:
-        low_rank, layer = solver.low_rank(name, ranks[name] or 1)
-        return dict(zip(("up", "down"), low_rank.matrices(), strict=True)), asdict(layer)
+    kept = work.store("factors") if work is not None else None
+    steps: Iterable[tuple[LayerSolver, Sequence[str]]]
+    steps = [(solver, [*costs])] if prefix is None else behind_each_other(prefix, solver, kept)
 
     with bar(f"factorizing by {config.method}", len(costs), "layers", progress) as shown:
-        kept = work.store("factors") if work is not None else None
-        for name, (factors, facts) in divided(costs, solve, kept):
-            replace_module(
-                model, name, placed_like(targets.pop(name).module, factors)
-            )  # and the dense layer can be freed
-            layers[name] = LayerReport.from_dict(facts)
-            shown.update()
+        for step_solver, names in steps:
+
+            def solve(name: str, solver: LayerSolver = step_solver) -> Result:
+                low_rank, layer = solver.low_rank(name, ranks[name] or 1)
+                return stored_parts(low_rank), asdict(layer)
+
+            for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept):
+                dense = targets.pop(name).module  # and it can be freed
+                replace_module(model, name, placed_like(dense, factors))
+                layers[name] = LayerReport.from_dict(facts)
+                shown.update()
     restack_experts(model)
     for name in ranks:
         layer: Any = submodule(model, name)  # none in experts that are stacked again, as all of them stay dense

@@ -1,7 +1,7 @@
 """The smallest model that is still good enough, by measuring candidates: model + what is measured + limit → model."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
+from hf_lowrank.statistics.batches import Batch
 
 # The search begins with the largest budget below what the model has, and ends when the budget is known, to this share
 # of the targeted parameters.
@@ -38,12 +39,13 @@ def search_smallest(
     accept: Callable[[float], bool],
     profile: Profile | None = None,
     progress: bool = True,
+    batches: Iterable[Batch] | None = None,
 ) -> Found:
     """The model of fewest parameters whose measurement is accepted, by bisection of the budget `keep`.
 
     `config` says everything but the budget. `model` itself is left as it is: each candidate is a copy. Measurements
     need not fall evenly with the size; what is returned was measured and accepted. The largest candidate is measured
-    first, and the search ends where it is not accepted.
+    first, and the search ends where it is not accepted. `batches` are for `config.sequential` (see `compress`).
 
     Raises:
         LowRankError: nothing smaller than the model is accepted; the message says what came nearest.
@@ -54,7 +56,7 @@ def search_smallest(
     with bar("searching", None, "models", progress) as shown:
         while high - low > RESOLUTION * (1 + 1e-9):
             try:
-                found = _measured(model, config, statistics, keep, profile, measure)
+                found = _measured(model, config, statistics, keep, profile, measure, batches)
             except AlreadySmaller:  # by its form alone
                 high, keep = keep, (low + keep) / 2
                 continue
@@ -82,12 +84,13 @@ def _measured(
     keep: float,
     profile: Profile | None,
     measure: Callable[[PreTrainedModel], float],
+    batches: Iterable[Batch] | None,
 ) -> Found | None:
     """A copy of the model at a budget, and its measurement; None where the budget is below the least possible."""
     budget = {kind: keep if kind == "keep" else None for kind in BUDGETS}
     settings = replace(config, **budget)  # type: ignore[arg-type]
     try:
-        candidate = compress(copy.deepcopy(model), settings, statistics, progress=False, profile=profile)
+        candidate = compress(copy.deepcopy(model), settings, statistics, False, profile, batches=batches)
     except AlreadySmaller:
         raise
     except ImpossibleBudget:

@@ -1,7 +1,8 @@
 """One layer's weight and statistics → what its directions are worth, and its factors at a rank. Edits nothing."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
 from hf_lowrank.solvers.family import DEFAULT_GAUGE
+from hf_lowrank.solvers.methods import Means, mean_input
 from hf_lowrank.statistics import Statistics
 
 
@@ -28,6 +30,15 @@ class LayerSolver:
     statistics: Statistics | None
     optimizer: str | None = None
     gauge: str = DEFAULT_GAUGE
+
+    def behind(self, names: Sequence[str], sums: Mapping[str, Tensor]) -> "LayerSolver":
+        """The same for layers that read one input behind a compressed prefix, which is known by its `sums`.
+
+        See `hf_lowrank.statistics.prefix.Prefix.measure`.
+        """
+        assert self.statistics is not None
+        known = {kind: dict.fromkeys(names, total) for kind, total in sums.items()}
+        return replace(self, statistics=replace(self.statistics, sums=self.statistics.sums | known))
 
     def spectrum(self, name: str) -> Tensor:
         """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first.
@@ -49,14 +60,17 @@ class LayerSolver:
         target, weight = self.targets[name], self._weight(name)
         objective = self._objective(name, weight.device)
         unit, fisher_cosine = self._loss_per_error(name, objective), self._fisher_cosine(name)
-        factors = objective.factorize(weight, rank)
+        wanted = self._wanted(name, weight, objective)
+        factors = objective.factorize(wanted, rank)
         chosen = GAUGES[self.gauge](factors, objective.two_sided())
         with readable(target.module):
             low_rank = layer_class_for(target.module).from_factors(target.module, chosen.up, chosen.down)
         up, down = low_rank.matrices()
         stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
         delta = weight - stored[0] @ stored[1]
-        error = objective.error(delta)
+        if (change := self._mean_change(name, weight, delta)) is not None:
+            low_rank.up.bias.add_(change.to(low_rank.up.bias))
+        error = objective.error(wanted - weight + delta)
         return low_rank, LayerReport(
             name,
             *target.shape,
@@ -76,10 +90,40 @@ class LayerSolver:
         return weight.to(solving_device(weight)).float()
 
     def _objective(self, name: str, device: torch.device) -> Objective:
-        needs = self.method.needs
-        means = {kind: self.statistics.mean(kind, name).to(device) for kind in needs} if self.statistics else {}
-        objective = self.method.objective(means)
+        objective = self.method.objective({kind: mean.to(device) for kind, mean in self._means(name).items()})
         return objective if self.optimizer is None else with_optimizer(objective, self.optimizer)
+
+    def _means(self, name: str) -> Means:
+        """What the method knows of a layer: its mean input only where a bias can make up for what becomes of it."""
+        biased = isinstance(getattr(self.targets[name].module, "bias", None), Tensor)
+        known = [kind for kind in self.method.needs if biased or kind != "activation_mean"]
+        return {kind: self.statistics.mean(kind, name) for kind in known} if self.statistics is not None else {}
+
+    def _wanted(self, name: str, weight: Tensor, objective: Objective) -> Tensor:
+        """The weight to factorize: the layer's own or, behind a compressed prefix, what answers there as it did."""
+        if self.statistics is None or name not in self.statistics.sums.get("drift", ()):
+            return weight
+        drift, tokens = self.statistics.mean("drift", name), self.statistics.mean("active_tokens", name).clamp_min(1)
+        drift = (drift / tokens).to(weight.device, torch.float64)
+        if (mean := mean_input(self._means(name))) is not None:
+            drift -= self._mean_drift(name, weight).outer(mean.to(weight.device))
+        return objective.anchored(weight, drift)  # type: ignore[attr-defined]
+
+    def _mean_change(self, name: str, weight: Tensor, delta: Tensor) -> Tensor | None:
+        """What becomes of the mean output [out] by a change Δ of the weight, and of the inputs; None without a bias."""
+        mean = mean_input(self._means(name))
+        if mean is None:
+            return None
+        change = delta.double() @ mean.to(delta.device)
+        if self.statistics is not None and name in self.statistics.sums.get("mean_drift", ()):
+            change = change + weight.double() @ self._mean_drift(name, weight)
+        return change
+
+    def _mean_drift(self, name: str, like: Tensor) -> Tensor:
+        """E (x − x′) [in], in float64."""
+        assert self.statistics is not None
+        drift, tokens = (self.statistics.mean(kind, name) for kind in ("mean_drift", "active_tokens"))
+        return (drift / tokens.clamp_min(1)).to(like.device, torch.float64)
 
     def _loss_per_error(self, name: str, objective: Objective) -> float | None:
         """Twice the expected loss per error of a layer's objective; None where the statistics do not say."""

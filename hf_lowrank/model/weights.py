@@ -71,11 +71,20 @@ def solving_device(weight: Tensor) -> torch.device:
     return here if can and weight.device.type == "cpu" else weight.device
 
 
+def stored_parts(layer: LowRankLayer) -> dict[str, Tensor]:
+    """The parameters of a low-rank layer: `up` [out, r], `down` [r, in] and, where it has one, `bias`."""
+    up, down = layer.matrices()
+    bias = getattr(layer, "bias", None)
+    return {"up": up, "down": down} | ({"bias": bias} if isinstance(bias, Tensor) else {})
+
+
 def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
-    """A low-rank layer of `factors` (`up` and `down`) in place of `linear`: offloaded to main memory if that was."""
+    """A low-rank layer of its `stored_parts` in place of `linear`: offloaded to main memory if that was."""
     offloaded = _offloaded_parts(linear)
     with readable(linear):
         layer = layer_class_for(linear).from_factors(linear, factors["up"], factors["down"])
+    if "bias" in factors:
+        layer.up.bias.data.copy_(factors["bias"])
     if offloaded:
         hook: Any = offloaded[0]._hf_hook
         cpu_offload(layer, hook.execution_device)

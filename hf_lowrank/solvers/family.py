@@ -36,6 +36,11 @@ class Method:
     iterates: bool = False
     labels: str = "data"
 
+    @property
+    def sequential(self) -> bool:
+        """Whether factors can be found behind a compressed prefix: where inputs count by their moment."""
+        return "activation_mean" in self.needs and not self.iterates
+
     def needs_for(self, losses: bool) -> tuple[str, ...]:
         """The statistics that the method needs; with `losses`, also to say what loss an error means."""
         unit = () if self.in_loss_units or not losses else LOSS_UNIT
@@ -49,7 +54,7 @@ class Method:
         return OBJECTIVES[self.name]
 
 
-_MOMENTS = ("activation_moment", "gradient_moment")
+_INPUTS = ("activation_moment", "activation_mean", "active_tokens")
 
 METHODS = {
     method.name: method
@@ -65,20 +70,20 @@ METHODS = {
         ),
         Method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",), in_loss_units=True, iterates=True),
         Method("asvd", "‖Δ diag(√a)‖², a = mean |x|", "ASVD, Yuan et al. (2023), α = 1/2", ("activation_magnitude",)),
-        Method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", ("activation_moment",)),
+        Method("whiten", "E‖Δ (x − μ)‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", _INPUTS),
         Method(
             "whiten-diag",
-            "E‖diag(√γ) Δ x‖², γ = E g²",
+            "E‖diag(√γ) Δ (x − μ)‖², γ = E g²",
             "whitening × output gradients",
-            (*_MOMENTS, "active_tokens"),
+            (*_INPUTS, "gradient_moment"),
             "greedy",
             in_loss_units=True,
         ),
         Method(
             "kfac",
-            "E[tr Δᵀ G Δ A], G = E g gᵀ, A = E x xᵀ",
+            "tr Δᵀ G Δ A, G = E g gᵀ, A = E (x − μ)(x − μ)ᵀ",
             "K-FAC, Martens & Grosse (2015)",
-            (*_MOMENTS, "active_tokens"),
+            (*_INPUTS, "gradient_moment"),
             "greedy",
             in_loss_units=True,
         ),
@@ -93,7 +98,7 @@ METHODS = {
             "ekfac",
             "Σ F' ∘ (Q_Gᵀ Δ Q_A)², F' = E (Q_Gᵀ G_n Q_A)²",
             "EK-FAC, George et al. (2018)",
-            (*_MOMENTS, "fisher_in_eigenbasis"),
+            ("activation_moment", "gradient_moment", "fisher_in_eigenbasis"),
             "greedy",
             in_loss_units=True,
             iterates=True,

@@ -109,19 +109,19 @@ def asvd(statistics: Means) -> Objective:
 @objective_of("whiten")
 def whiten(statistics: Means) -> Objective:
     """The change of the layer's output counts, over the inputs that occur."""
-    return Scaled(Scaling(), whitening(statistics["activation_moment"], ACTIVATION_DAMPING))
+    return Scaled(Scaling(), _inputs(statistics))
 
 
 @objective_of("whiten-diag")
 def whiten_diag(statistics: Means) -> Objective:
     """As `whiten`, each output weighted by its mean squared gradient."""
-    return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs_per_token(statistics))
+    return Scaled(DiagonalScaling(statistics["gradient_moment"].diagonal()), _inputs(statistics))
 
 
 @objective_of("kfac")
 def kfac(statistics: Means) -> Objective:
     """The expected squared change of the loss, with inputs and output gradients taken as independent."""
-    return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), _inputs_per_token(statistics))
+    return Scaled(WhiteningScaling(statistics["gradient_moment"], GRADIENT_DAMPING), _inputs(statistics))
 
 
 @objective_of("gfwsvd")
@@ -138,7 +138,24 @@ def ekfac(statistics: Means) -> Objective:
     return Rotated(ElementWise(statistics["fisher_in_eigenbasis"]), *basis)
 
 
-def _inputs_per_token(statistics: Means) -> Scaling:
-    """A = E x xᵀ over tokens; with G added up over a sample's tokens, errors are in units of loss."""
-    tokens = statistics["active_tokens"].clamp_min(1)
-    return whitening(statistics["activation_moment"] / tokens, ACTIVATION_DAMPING)
+def _inputs(statistics: Means) -> Scaling:
+    """A = E (x − μ)(x − μ)ᵀ over tokens; with G added up over a sample's tokens, errors are in units of loss.
+
+    The mean costs nothing, as the bias makes up for what a change does to it (see `mean_input`). Without the statistic
+    "activation_mean", as of a layer without a bias, μ is 0.
+    """
+    moment, mean = statistics["activation_moment"], mean_input(statistics)
+    moment = moment / statistics["active_tokens"].clamp_min(1)
+    if mean is not None:
+        moment = moment.double() - mean.outer(mean)
+    return whitening(moment, ACTIVATION_DAMPING)
+
+
+def mean_input(statistics: Means) -> Tensor | None:
+    """μ = E x over tokens [in], in float64; None where the mean counts like any other part of the input.
+
+    A change Δ of the weight, for which Δ μ is added to the bias, changes outputs by Δ (x − μ).
+    """
+    if "activation_mean" not in statistics:
+        return None
+    return statistics["activation_mean"].double() / statistics["active_tokens"].clamp_min(1)

@@ -32,6 +32,10 @@ class Scaling:
         """Sᵀ S @ matrix."""
         return matrix
 
+    def divide(self, matrix: Tensor) -> Tensor:
+        """(Sᵀ S)⁻¹ @ matrix."""
+        return matrix
+
     def power(self, size: int) -> Tensor:
         """‖S‖²_F for S [size, size], a scalar."""
         return torch.tensor(float(size), dtype=torch.float64)
@@ -65,6 +69,9 @@ class DiagonalScaling(Scaling):
 
     def square(self, matrix: Tensor) -> Tensor:
         return self.root.square() * matrix
+
+    def divide(self, matrix: Tensor) -> Tensor:
+        return matrix / self.root.square()
 
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
@@ -110,6 +117,9 @@ class WhiteningScaling(Scaling):
 
     def square(self, matrix: Tensor) -> Tensor:
         return self.moment @ matrix.to(self.moment.dtype)
+
+    def divide(self, matrix: Tensor) -> Tensor:
+        return torch.cholesky_solve(matrix.to(self.upper.dtype), self.upper, upper=True)
 
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()
@@ -184,6 +194,16 @@ class Scaled:
     def two_sided(self) -> "Scaled":
         """These scalings: what every objective can be asked for."""
         return self
+
+    def anchored(self, weight: Tensor, drift: Tensor) -> Tensor:
+        """The weight [out, in] that makes of other inputs x′ what `weight` makes of x, as nearly as inputs allow.
+
+        Of x′ the right scaling is the whitening, SᵀS = A′ = E x′ x′ᵀ + λ I, and `drift` [in, in] is E (x − x′) x′ᵀ:
+        the least of E‖W x − V x′‖² + λ‖W − V‖², with any scaling of outputs, is at V = W + W drift A′⁻¹. From there on
+        the error of U D is that of the change V − U D, and what cannot be undone.
+        """
+        weight = weight.double()
+        return weight + self.right.divide((weight @ drift.to(weight)).T).T
 
     def _scaled(self, matrix: Tensor) -> tuple[Scaling, Tensor, Tensor]:
         """The shorter side's scaling S, S M and S M Tᵀ T [shorter, longer], for a matrix M turned that way."""

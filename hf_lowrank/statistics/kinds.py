@@ -170,6 +170,11 @@ def add_activation_magnitude(total: Tensor, x: Tensor, active: Tensor, context: 
     total += (x.abs() * active[..., None]).sum(dim=(0, 1))
 
 
+def add_activation_mean(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
+    """total [in] += Σ x over the active tokens."""
+    total += _rows_where(active, x).sum(dim=0)
+
+
 def add_active_tokens(total: Tensor, x: Tensor, active: Tensor, context: Any = None) -> None:
     """total [] += the number of active tokens."""
     total += active.sum()
@@ -215,6 +220,7 @@ KINDS = {
             lower=True,
         ),
         Kind("activation_magnitude", "|input|, sum over active tokens", _in, add_activation_magnitude, of_input=True),
+        Kind("activation_mean", "input, sum over active tokens", _in, add_activation_mean, of_input=True),
         Kind("active_tokens", "tokens", lambda out_features, in_features: (), add_active_tokens, of_input=True),
         Kind("gradient_moment", "(loss / output)², sum over tokens", _out_out, add_gradient_moment, lower=True),
         Kind(

@@ -12,6 +12,7 @@ KIND_NEEDS: dict[str, tuple[str, ...]] = {
     "fisher_rows": (),
     "activation_moment": (),
     "activation_magnitude": (),
+    "activation_mean": (),
     "active_tokens": (),
     "gradient_moment": (),
     "kronecker_in": ("kronecker_out",),

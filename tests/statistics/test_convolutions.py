@@ -225,7 +225,7 @@ def unfolded(conv: Any, x: Tensor) -> Tensor:
 
 def test_moments_and_kronecker_factors_are_those_of_patches() -> None:
     model, batch = tiny_resnet(), images()
-    kinds = ["activation_moment", "activation_magnitude", "active_tokens", "gradient_moment"]
+    kinds = ["activation_moment", "activation_magnitude", "activation_mean", "active_tokens", "gradient_moment"]
     measured = compute_statistics(
         model, [batch], [*kinds, "kronecker_in", "kronecker_out"], include=CONVOLUTIONS, progress=False
     )
@@ -240,6 +240,7 @@ def test_moments_and_kronecker_factors_are_those_of_patches() -> None:
         expected = {
             "activation_moment": inputs.T @ inputs,
             "activation_magnitude": inputs.abs().sum(dim=0),
+            "activation_mean": inputs.sum(dim=0),
             "active_tokens": active.sum().float(),
             "gradient_moment": outputs.T @ outputs,
         }

@@ -15,7 +15,7 @@ from hf_lowrank.statistics.shared import InputSums
 from tests.helpers import tiny_albert, tiny_bert, tiny_llama
 from tests.statistics.test_statistics import padded_batch
 
-KINDS = ["activation_moment", "activation_magnitude", "active_tokens"]
+KINDS = ["activation_moment", "activation_magnitude", "activation_mean", "active_tokens"]
 MODELS = {
     "encoder": (tiny_bert, padded_batch(torch.tensor([0, 1, 1, 0]))),
     "decoder": (tiny_llama, padded_batch()),
@@ -62,6 +62,7 @@ def test_a_layer_has_the_moment_of_the_tokens_that_the_loss_depends_on(case: str
         expected = {
             "activation_moment": rows.T @ rows,
             "activation_magnitude": rows.abs().sum(dim=0),
+            "activation_mean": rows.sum(dim=0),
             "active_tokens": torch.tensor(float(len(rows))),
         }
         for kind, total in expected.items():  # `measure` sees the batch twice

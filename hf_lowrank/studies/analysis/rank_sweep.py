@@ -34,20 +34,18 @@ def rank_sweep(study: Study, method: str, ratios: Sequence[float]) -> list[Sweep
     for ratio in ratios:
         config = CompressionConfig(method, ratio)
         key = {"study": "ranks", "method": method, "rank_ratio": ratio, "allocation": config.allocation}
-        measured, facts = study.measure(key, partial(_compressed, study, config, spectrum))
+        measured, facts = study.measure(key, partial(_compressed, study, config, solver, spectrum))
         points.append(SweepPoint(method, ratio, facts["targeted_share"], measured))
     return points
 
 
 @torch.no_grad()
-def _compressed(study: Study, config: CompressionConfig, spectrum: Spectrum) -> Change:
-    """The layers that do not stay dense, as the products of their factors, and the share of the parameters left."""
+def _compressed(study: Study, config: CompressionConfig, solver: LayerSolver, spectrum: Spectrum) -> Change:
+    """The layers that do not stay dense, as factors, and the share of the parameters left."""
     layers = {name: as_layer(target) for name, target in study.targets.items()}
     before = dense_parameters(study.evaluator.model)
     ranks = allocate(layers, before, config.budget, config.spread, spectrum)
     left = sum(parameters(layer.shape, ranks[name]) for name, layer in layers.items())
-    return {
-        name: study.objective(config.method, name).factorize(study.weight(name), rank).product()
-        for name, rank in ranks.items()
-        if rank is not None
-    }, {"targeted_share": left / sum(parameters(layer.shape, None) for layer in layers.values())}
+    share = left / sum(parameters(layer.shape, None) for layer in layers.values())
+    factorized = {name: solver.low_rank(name, rank)[0] for name, rank in ranks.items() if rank is not None}
+    return factorized, {"targeted_share": share}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lowrank.model.targets import Target
 from hf_lowrank.nn.editing_lowrank import replaced
@@ -14,7 +14,7 @@ from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.analysis.evaluator import Evaluator, Measurement
 from hf_lowrank.studies.analysis.journal import Journal
 
-Change = tuple[Mapping[str, Tensor], dict[str, float]]  # new weights by layer, and facts about them to keep
+Change = tuple[Mapping[str, Tensor | nn.Module], dict[str, float]]  # new weights or layers, and facts to keep of them
 
 
 @dataclass
@@ -32,22 +32,26 @@ class Study:
         return dense_weight(self.targets[name].module).detach().float()
 
     def objective(self, method: str, name: str) -> Objective:
-        """What a method minimises for a layer."""
+        """What a method minimises for a layer whose bias stays as it is, so that the mean input counts."""
         chosen, device = get_method(method), self.weight(name).device
-        return chosen.objective({kind: self.statistics.mean(kind, name).to(device) for kind in chosen.needs})
+        known = [kind for kind in chosen.needs if kind != "activation_mean"]
+        return chosen.objective({kind: self.statistics.mean(kind, name).to(device) for kind in known})
 
     def measure(self, key: dict[str, Any], change: Callable[[], Change]) -> tuple[Measurement, dict[str, float]]:
         """The model with changed weights, from the journal or by evaluating it, and the facts of the change."""
         record = self.journal.get(key)
         if record is None:
-            weights, facts = change()
-            changed = {name: with_weight(self.targets[name].module, weight) for name, weight in weights.items()}
-            with replaced(self.evaluator.model, changed):
+            changed, facts = change()
+            layers = {name: self._layer(name, new) for name, new in changed.items()}
+            with replaced(self.evaluator.model, layers):
                 measured = self.evaluator.measure()
             record = {"measured": asdict(measured), "facts": facts}
             self.journal.add(key, record)
         self.advance()
         return Measurement(**record["measured"]), record["facts"]
+
+    def _layer(self, name: str, new: Tensor | nn.Module) -> nn.Module:
+        return with_weight(self.targets[name].module, new) if isinstance(new, Tensor) else new
 
 
 def relative_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

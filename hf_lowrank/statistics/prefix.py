@@ -1,0 +1,381 @@
+"""A model, compressed up to some layer, and its dense layers → what the next layers read in it and in the dense one.
+
+Both are run on the same samples, the dense layers put back for one of the runs, and every run ends where the input is
+reached. Blocks that are behind it are not computed again: what the last of them gave is kept for each batch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import has_offloaded_params
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.distributed import from_everyone, shared_errors, summed
+from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import Target, weight_shape
+from hf_lowrank.model.weights import sums_device
+from hf_lowrank.nn.editing_lowrank import replace_by_identity
+from hf_lowrank.nn.layers_lowrank import is_convolution
+from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.collect import _Part, _Pass
+from hf_lowrank.statistics.hooks import measuring
+from hf_lowrank.statistics.kinds import active_tokens, add_activation_moment, completed
+from hf_lowrank.statistics.labels import Labels, labels_of
+from hf_lowrank.statistics.patches import geometry, patches
+from hf_lowrank.statistics.shared import InputSums
+
+Side = Literal["dense", "low rank"]
+SIDES: tuple[Side, Side] = ("dense", "low rank")
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Samples that are run at once, and which of their tokens are active for a layer [batch, tokens]."""
+
+    batch: Batch
+    active: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Layers that read one input, and the block that they are in, None outside of all blocks."""
+
+    names: tuple[str, ...]
+    block: str | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """The layers in the order in which a forward pass reaches them, and so the blocks."""
+
+    steps: tuple[Step, ...]
+    blocks: tuple[str, ...]
+
+
+class _ActiveTokens(InputSums):
+    """In place of sums, which tokens were active for each layer in the batch at hand."""
+
+    def __init__(self, targets: dict[str, Target]) -> None:
+        super().__init__((), targets, None)
+        self.active: dict[str, Tensor] = {}
+
+    def _add(self, readers: tuple[str, ...], x: Tensor, arrived: list[Tensor]) -> None:
+        largest = torch.stack([each.to(x.device) for each in arrived]).amax(dim=0)
+        self.active |= dict.fromkeys(readers, active_tokens(largest).bool())
+
+
+class _Marking(_Pass):
+    """A pass that notes which tokens are active, for the very parts that batches are run in."""
+
+    shared: _ActiveTokens
+
+    def __init__(self, model: PreTrainedModel, targets: dict[str, Target], labels: Labels) -> None:
+        super().__init__(model, targets, (), None, None, None, labels)
+        self.shared = _ActiveTokens(targets)
+        self.marked: list[Marked] = []
+
+    def _count(self, part: _Part, losses: Tensor) -> None:
+        super()._count(part, losses)
+        self.marked.append(Marked(part.batch, self.shared.active))
+        self.shared.active = {}
+
+
+def marked_batches(
+    model: PreTrainedModel,
+    targets: dict[str, Target],
+    loader: Iterable[Batch],
+    labels: str | Labels = "data",
+    progress: bool = True,
+) -> list[Marked]:
+    """This process's samples, as the model can be run on them, with the tokens that their losses depend on.
+
+    One pass forward and back.
+
+    Raises:
+        LowRankError: as `compute_statistics`.
+    """
+    run = _Marking(model, targets, labels_of(labels))
+    shown_by = bar("active tokens", None, "samples", progress)
+    with shown_by as shown, measuring(model, targets, run.recorder), shared_errors():
+        for batch in loader:
+            run.add(batch)
+            shown.update(run.seen - shown.n)
+    return run.marked
+
+
+def forward_order(model: PreTrainedModel, targets: Mapping[str, Target], marked: Sequence[Marked]) -> Order:
+    """In which order this process's first samples, or another's, reach the targets.
+
+    Raises:
+        LowRankError: on all processes, if a target is used several times or not at all.
+    """
+    found = None
+    with shared_errors():
+        if marked:
+            found = _observed(model, targets, marked[0].batch)
+    order = next((each for each in from_everyone(found) if each is not None), None)
+    if order is None:
+        raise LowRankError("there are no samples to run the model on")
+    return order
+
+
+def _observed(model: PreTrainedModel, targets: Mapping[str, Target], batch: Batch) -> Order:
+    entries = _outer_blocks(model)
+    calls: Counter[str] = Counter()
+    blocks: dict[str, None] = {}
+    numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    kept: list[Tensor] = []  # so that none makes room for another in its place
+    readers: dict[Hashable, list[str]] = {}
+
+    def reached(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0]
+        calls[name] += 1
+        kept.append(x)
+        number = numbers.setdefault(x, len(numbers))
+        reading = geometry(module) if is_convolution(module) else None
+        readers.setdefault((_block_of(name, entries), number, x._version, reading), []).append(name)
+
+    def entered(name: str, args: tuple[Any, ...]) -> None:
+        blocks.setdefault(name)
+
+    with ExitStack() as hooks:
+        for name, module in ((name, target.module) for name, target in targets.items()):
+            hooks.enter_context(_before(module, partial(reached, name, module)))
+        for name in entries:
+            hooks.enter_context(_before(model.get_submodule(name), partial(entered, name)))
+        _forward(model, batch)
+    for name in targets:
+        if calls[name] != 1:
+            times = f"{calls[name]} times in" if calls[name] else "not at all by"
+            raise LowRankError(
+                f"{name} is used {times} a forward pass, and sequential factors need layers that are used once: "
+                "compress without `sequential`, or exclude it"
+            )
+    return Order(tuple(Step(tuple(names), key[0]) for key, names in readers.items()), tuple(blocks))  # type: ignore[index]
+
+
+def _outer_blocks(model: nn.Module) -> dict[str, str]:
+    """{entry: its list} of the module lists that are in no other."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return {f"{name}.{n}": name for name in outer for n in range(len(model.get_submodule(name)))}  # type: ignore[arg-type]
+
+
+def _block_of(name: str, entries: Iterable[str]) -> str | None:
+    return next((entry for entry in entries if name.startswith(f"{entry}.")), None)
+
+
+class _Reached(Exception):
+    """A run has come as far as it has to."""
+
+
+@dataclass
+class Prefix:
+    """The samples, run through the model up to a layer, twice: with all layers dense, and with those that are solved.
+
+    `dense` holds the dense layers in whose place the model has others; what is of no use any more is let go.
+    """
+
+    model: PreTrainedModel
+    marked: Sequence[Marked]
+    order: Order
+    dense: dict[str, nn.Module] = field(default_factory=dict)
+    chained: bool = False  # whether what a block gives decides all that comes after it
+    behind: dict[str, str] = field(default_factory=dict)  # the list of blocks → the last one whose output is kept
+    given: dict[tuple[Side, int, str], Any] = field(default_factory=dict)  # (…, batch, list of blocks) → that output
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, targets: Mapping[str, Target], marked: Sequence[Marked]) -> "Prefix":
+        """That of no layer, the model being dense.
+
+        Raises:
+            LowRankError: as `forward_order`.
+        """
+        prefix = cls(model, marked, forward_order(model, targets, marked))
+        with prefix._evaluating():
+            prefix.chained = bool(marked) and prefix._is_chain()
+        return prefix
+
+    def _is_chain(self) -> bool:
+        """Whether blocks need not be computed again, seen from the first batch: if they are not, all stays the same."""
+        first = {step.block: step for step in reversed(self.order.steps)}
+        chain = Prefix(self.model, self.marked[:1], self.order, chained=True)
+        expected = {block: chain._run("dense", 0, step, None) for block, step in first.items()}
+        for block in reversed(first):
+            ahead = chain._block_before(first[block])
+            try:
+                chain._run("dense", 0, first[block], ahead)
+                if ahead is not None:
+                    chain._move(ahead)
+                if not torch.equal(chain._run("dense", 0, first[block], None), expected[block]):
+                    return False
+            except Exception:  # what the model makes of outputs that it does not expect
+                return False
+        return True
+
+    def measure(self, step: Step) -> dict[str, Tensor]:
+        """Sums over the active tokens of all processes, x being read in the dense model, x′ in this one.
+
+        "activation_moment" Σ x′ x′ᵀ [in, in], "activation_mean" Σ x′ [in], "drift" Σ (x − x′) x′ᵀ [in, in],
+        "mean_drift" Σ (x − x′) [in], "active_tokens" their number [].
+        """
+        module = self.model.get_submodule(step.names[0])
+        size, device = weight_shape(module)[1], sums_device(module)
+        shapes: dict[str, tuple[int, ...]] = {"activation_moment": (size, size), "drift": (size, size)}
+        shapes |= {"activation_mean": (size,), "mean_drift": (size,), "active_tokens": ()}
+        sums = {kind: torch.zeros(shape, device=device) for kind, shape in shapes.items()}
+        ahead = self._block_before(step)
+        with self._evaluating():
+            for n, marked in enumerate(self.marked):
+                active = self._active(step, marked)
+                x, y = (self._read(side, n, step, ahead) for side in SIDES)
+                _add(sums, *(_rows(module, each, active) for each in (x, y)))
+        if ahead is not None:
+            self._move(ahead)
+        total = {kind: summed(each) for kind, each in sums.items()}
+        return total | {"activation_moment": completed("activation_moment", total["activation_moment"])}
+
+    def _active(self, step: Step, marked: Marked) -> Tensor:
+        """[batch, tokens]; layers that read the same input have the same."""
+        known = [marked.active[name] for name in step.names if name in marked.active]
+        return known[0] if known else torch.zeros(1, 1, dtype=torch.bool)
+
+    def _block_before(self, step: Step) -> str | None:
+        """The block that a pass leaves just before that of a step, if its output is to be kept and is not yet."""
+        if not self.chained:
+            return None
+        if step.block is None:
+            before = self.order.blocks[-1:] if self.order.blocks else ()
+        else:
+            before = self.order.blocks[: self.order.blocks.index(step.block)][-1:]
+        return next((block for block in before if self.behind.get(_list_of(block)) != block), None)
+
+    def _read(self, side: Side, n: int, step: Step, ahead: str | None) -> Tensor:
+        """What the layers of a step read, on a side, of batch n. The output of the block `ahead` is kept."""
+        with self._layers(side):
+            return self._run(side, n, step, ahead)
+
+    @torch.no_grad()
+    def _run(self, side: Side, n: int, step: Step, ahead: str | None) -> Tensor:
+        seen: list[Tensor] = []
+        stops = not any(has_offloaded_params(module) for module in self.model.modules())
+
+        def reached(args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            if stops:
+                raise _Reached
+
+        def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given.append(output)
+
+        given: list[Any] = []
+        with ExitStack() as stack:
+            layer = self.model.get_submodule(step.names[0])
+            stack.enter_context(_before(layer, reached))
+            if ahead is not None:
+                stack.callback(self.model.get_submodule(ahead).register_forward_hook(left).remove)
+            stack.enter_context(self._replayed(side, n))
+            with suppress(_Reached):
+                _forward(self.model, self.marked[n].batch)
+        if ahead is not None:
+            self.given[side, n, _list_of(ahead)] = given[0]
+        return seen[0]
+
+    def _move(self, ahead: str) -> None:
+        """Everything up to the block `ahead` is behind from now on."""
+        self.behind[_list_of(ahead)] = ahead
+        passed = self.order.blocks[: self.order.blocks.index(ahead) + 1]
+        for name in [name for name in self.dense if _block_of(name, passed)]:
+            del self.dense[name]
+
+    @contextmanager
+    def _replayed(self, side: Side, n: int) -> Iterator[None]:
+        """Within the block, the blocks that are behind give at once what the last of their list had given."""
+        with ExitStack() as stack:
+            for block in self.order.blocks:
+                last = self.behind.get(_list_of(block))
+                if last is not None and self.order.blocks.index(block) <= self.order.blocks.index(last):
+                    output = self.given[side, n, _list_of(block)]
+                    stack.enter_context(_giving(self.model.get_submodule(block), output))
+            yield
+
+    @contextmanager
+    def _layers(self, side: Side) -> Iterator[None]:
+        """Within the block the model has the layers of a side."""
+        swaps = {self.model.get_submodule(name): dense for name, dense in self.dense.items()} if side == "dense" else {}
+        try:
+            replace_by_identity(self.model, swaps)
+            yield
+        finally:
+            replace_by_identity(self.model, {dense: low_rank for low_rank, dense in swaps.items()})
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+@contextmanager
+def _before(module: nn.Module, call: Callable[[tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Within the block, `call` is called with what the module is called with."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        call(args)
+
+    with module.register_forward_pre_hook(hook):
+        yield
+
+
+@contextmanager
+def _giving(block: nn.Module, output: Any) -> Iterator[None]:
+    """Within the block, a module gives the same output whatever it is asked."""
+    before = vars(block).get("forward")
+    block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del block.forward
+        if before is not None:
+            block.forward = before
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, batch: Batch) -> None:
+    model(**batch)
+
+
+def _list_of(block: str) -> str:
+    return block.rpartition(".")[0]
+
+
+def _rows(module: nn.Module, x: Tensor, active: Tensor) -> Tensor:
+    """The active rows [rows, in] of what a layer reads."""
+    if is_convolution(module):
+        conv = getattr(module, "down", module)
+        x, _ = patches(conv, x, x.new_zeros(len(x), 1, 1))
+    rows = x.reshape(-1, x.shape[-1]).float()
+    return rows.index_select(0, active.to(x.device).flatten().nonzero()[:, 0])
+
+
+def _add(sums: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
+    place = sums["drift"].device
+    x, y = x.to(place), y.to(place)
+    drift = x - y
+    add_activation_moment(sums["activation_moment"], y[None], torch.ones(1, len(y), device=place))
+    sums["activation_mean"] += y.sum(dim=0)
+    sums["drift"].addmm_(drift.T, y)
+    sums["mean_drift"] += drift.sum(dim=0)
+    sums["active_tokens"] += len(y)
