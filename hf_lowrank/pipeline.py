@@ -57,6 +57,8 @@ class Pipeline:
         device: where statistics are kept; None for beside the layers.
         work: where unfinished work is kept; None for nowhere (see `begin`).
         facts: what the record says besides what the pipeline knows by itself.
+        seed: of the samples that are drawn, and of labels drawn from the model.
+        batch_size: rows in a batch of them.
 
     >>> pipeline = Pipeline.load("./bert-stsb", task="stsb")            # doctest: +SKIP
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
@@ -94,6 +96,13 @@ class Pipeline:
         Without a task it is what it was saved as, and only what needs no data can be done with it. In place of a task
         `texts` will do, without any label: a list of texts or of pairs, or a file of them (see `read_texts`).
 
+        Args:
+            name: a folder with a model, or its name on the Hub.
+            task: the name of a task, or one of your own; None for what the model was saved as.
+            data_dir: a folder with train and validation files; None for the Hub's.
+            texts: in place of a task and its data.
+            options: the other arguments of `Pipeline`.
+
         Raises:
             LowRankError: an unknown task, no such model, or one that is not trained for the task; both task and texts.
         """
@@ -109,7 +118,11 @@ class Pipeline:
         return cls(model, tokenizer, the_task, data_dir, public_name(name), dtype=stored_dtype(name), **options)
 
     def labels_for(self, config: CompressionConfig) -> str:
-        """Whose labels statistics for `config` are by."""
+        """Whose labels statistics for `config` are by.
+
+        Args:
+            config: its method has labels of its own.
+        """
         if self.labels is None and self.task is not None and not self.task.has_labels:
             return "model"
         return self.labels or get_method(config.method).labels
@@ -147,6 +160,9 @@ class Pipeline:
 
     def check(self, config: CompressionConfig) -> None:
         """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
+
+        Args:
+            config: how to compress.
 
         Raises:
             LowRankError: as `check_possible`.
@@ -206,6 +222,9 @@ class Pipeline:
     def statistics(self, config: CompressionConfig) -> Statistics | None:
         """What `config` needs, measured on the calibration samples; None where it needs nothing.
 
+        Args:
+            config: how to compress; its method and allocation say what is needed.
+
         Raises:
             LowRankError: as `compute_statistics`.
         """
@@ -221,6 +240,12 @@ class Pipeline:
         labels: str | None = None,
     ) -> Statistics:
         """Statistics of these kinds, measured on the calibration samples by these labels, or the pipeline's.
+
+        Args:
+            kinds: names in `KINDS`, such as `CompressionConfig.needs` lists.
+            include: name patterns of layers (see `find_targets`); None for the linears inside the blocks.
+            exclude: name patterns of layers to leave out.
+            labels: "data" or "model"; None for the pipeline's.
 
         Raises:
             LowRankError: as `compute_statistics`.
@@ -241,6 +266,10 @@ class Pipeline:
     def profile(self, config: CompressionConfig, statistics: Statistics | None) -> Profile | None:
         """The losses of single layers, measured, where the allocation of `config` asks for them.
 
+        Args:
+            config: how to compress.
+            statistics: what its method needs; None where it needs nothing.
+
         Raises:
             LowRankError: as `profile_losses`.
         """
@@ -256,6 +285,7 @@ class Pipeline:
         Args:
             config: what to do; in its place `settings`, as keyword arguments of `CompressionConfig`.
             statistics: measured before; None to measure them now.
+            settings: arguments of `CompressionConfig`, where no config is given.
 
         Raises:
             LowRankError: as `compute_statistics`, `profile_losses` and `compress`; or both config and settings.
@@ -322,7 +352,12 @@ class Pipeline:
         return facts
 
     def score(self, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, float]:
-        """The figures of the task's metrics, and `score`, on all validation rows: of this model, or of another."""
+        """The figures of the task's metrics, and `score`, on all validation rows: of this model, or of another.
+
+        Args:
+            model: another model to measure; None for the pipeline's.
+            progress: whether a bar is shown.
+        """
         chosen = self.model if model is None else model
         return evaluate_splits(chosen, *self._reading, self.validation, progress=progress)
 
@@ -335,6 +370,10 @@ class Pipeline:
     def divergence(self, dense: PreTrainedModel, model: PreTrainedModel | None = None) -> Divergence:
         """How far the predictions of this model, or another, are from a dense one's, on all validation rows.
 
+        Args:
+            dense: the model whose predictions count as right.
+            model: another model to measure; None for the pipeline's.
+
         Raises:
             LowRankError: they predict different things.
         """
@@ -342,7 +381,12 @@ class Pipeline:
         return reference.divergence(self.model if model is None else model)
 
     def compare_saved(self, folder: str | Path, name: str) -> Divergence:
-        """How far the model saved in `folder` is from the one called `name` it was made from, noted in its record."""
+        """How far the model saved in `folder` is from the one called `name` it was made from, noted in its record.
+
+        Args:
+            folder: where the model was saved.
+            name: of the model that it was made from, a folder or a Hub name.
+        """
         task = self._reading[1]
         found = self.divergence(load_trained(name, task), load_trained(str(folder), task))
         noted = with_divergence(self.facts, "compressed", found.to_dict(), self.scored_on)
@@ -351,7 +395,11 @@ class Pipeline:
         return found
 
     def score_saved(self, folder: str | Path) -> dict[str, float]:
-        """As `score`, of the model loaded back from the folder it was saved in, and noted in its record and card."""
+        """As `score`, of the model loaded back from the folder it was saved in, and noted in its record and card.
+
+        Args:
+            folder: where the model was saved.
+        """
         _, task = self._reading
         figures, scored_on = evaluate_described(*load_model(str(folder), task), task, self.data_dir)
         found = with_score(self.facts, "compressed", figures["score"], scored_on)
@@ -361,6 +409,11 @@ class Pipeline:
 
     def save(self, folder: str | Path, overwrite: bool = False, **facts: Any) -> None:
         """Write model, tokenizer, record and card into a new folder, all of it or nothing; `facts` join the record.
+
+        Args:
+            folder: a new one.
+            overwrite: replace it, should it exist.
+            facts: plain values that join the record.
 
         Raises:
             LowRankError: nothing was compressed yet; the folder exists and `overwrite` is off.
@@ -375,6 +428,11 @@ class Pipeline:
 
     def save_statistics(self, statistics: Statistics, folder: str | Path, overwrite: bool = False) -> None:
         """Write statistics into a new folder, all of it or nothing.
+
+        Args:
+            statistics: what `statistics` or `measure` gave.
+            folder: a new one.
+            overwrite: replace it, should it exist.
 
         Raises:
             LowRankError: the folder exists and `overwrite` is off.

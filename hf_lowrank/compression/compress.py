@@ -163,7 +163,11 @@ def earlier_steps(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
 
 
 def unreached(targets: Mapping[str, Target], statistics: Statistics | None) -> set[str]:
-    """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense."""
+    """The layers that no sample's loss depends on, such as experts that no token was routed to: they stay dense.
+
+    Raises:
+        LowRankError: it depends on none of them.
+    """
     found = {name for name in targets if statistics is not None and not statistics.reach(name)}
     if found == targets.keys():
         raise LowRankError(

@@ -97,7 +97,11 @@ class CompressionReport:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":
-        """The report that `to_dict` was called on."""
+        """The report that `to_dict` was called on.
+
+        Args:
+            record: its fields as plain values.
+        """
         layers, rest = (
             [LayerReport.from_dict(layer) for layer in record.get(key, ())] for key in ("layers", "untouched")
         )

@@ -152,6 +152,10 @@ class LowRankConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A `LowRank<Base>Config`, by `base_model_type`.
 
+        Args:
+            config_dict: the fields of a config.json.
+            kwargs: as of `PreTrainedConfig.from_dict`.
+
         Raises:
             ValueError: a base architecture that this version of transformers does not have, or a bad config.
         """
@@ -167,6 +171,11 @@ class LowRankConfig(PreTrainedConfig):
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """As `from_dict`, of a file.
+
+        Args:
+            json_file: a config.json.
+        """
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
 

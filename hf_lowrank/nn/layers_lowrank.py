@@ -137,7 +137,12 @@ class LowRankLinear(LowRankLayer):
 
     @classmethod
     def like(cls, module: nn.Module, rank: int) -> LowRankLinear:
-        """An empty layer with the shape, bias, device, dtype and training mode of a linear layer."""
+        """An empty layer with the shape, bias, device, dtype and training mode of a linear layer.
+
+        Args:
+            module: an nn.Linear, Conv1D or LowRankLinear, which is not changed.
+            rank: r, from 1 to min(in, out).
+        """
         return cls._like(module, rank, _stored_weight(module).device)
 
     @classmethod

@@ -21,10 +21,17 @@ LOSS_UNIT = ("fisher_rows",)
 class Method:
     """A member of the family: its objective as a formula, its source, and the statistics it needs.
 
-    `allocation` is how ranks are spread over layers unless said otherwise. Errors `in_loss_units` are twice the
-    expected increase of the loss, so that layers can be compared; others are brought to that unit by `loss_per_error`.
-    A method that `iterates` has no closed form, and a choice of optimizers. `labels` says whose labels its statistics
-    are by unless said otherwise: "data", as the papers' are, or "model" (see `compute_statistics`).
+    Args:
+        name: what it is called.
+        formula: the error of a change Δ [out, in] that it minimises.
+        source: the paper.
+        needs: the statistics that its objective takes, names in `KINDS`.
+        allocation: how ranks are spread over layers unless said otherwise, a name in `ALLOCATIONS`.
+        in_loss_units: whether errors are twice the expected increase of the loss, so that layers can be compared;
+            others are brought to that unit by `loss_per_error`.
+        iterates: whether it has no closed form, and a choice of optimizers.
+        labels: whose labels its statistics are by unless said otherwise: "data", as the papers' are, or "model" (see
+            `compute_statistics`).
     """
 
     name: str
@@ -42,7 +49,11 @@ class Method:
         return "activation_mean" in self.needs and not self.iterates
 
     def needs_for(self, losses: bool) -> tuple[str, ...]:
-        """The statistics that the method needs; with `losses`, also to say what loss an error means."""
+        """The statistics that the method needs.
+
+        Args:
+            losses: whether also those that say what loss an error means.
+        """
         unit = () if self.in_loss_units or not losses else LOSS_UNIT
         return tuple(dict.fromkeys([*self.needs, *unit]))
 

@@ -54,6 +54,9 @@ class Statistics:
     def joined(self, other: "Statistics") -> "Statistics":
         """These and the kinds of `other`, which was measured on the same samples.
 
+        Args:
+            other: of other kinds; where both have one, its sums count.
+
         Raises:
             LowRankError: they are by other labels.
         """
@@ -62,6 +65,9 @@ class Statistics:
 
     def check_labels(self, labels: str) -> None:
         """Raise unless the losses were by these labels.
+
+        Args:
+            labels: "data" or "model".
 
         Raises:
             LowRankError: they were by others.
@@ -73,11 +79,19 @@ class Statistics:
             )
 
     def has(self, kind: str) -> bool:
-        """Whether `mean` can answer for a kind."""
+        """Whether `mean` can answer for a kind.
+
+        Args:
+            kind: a name in `KINDS`.
+        """
         return kind in self.sums or (kind == "fisher_rows" and "fisher" in self.sums)
 
     def mean(self, kind: str, name: str) -> Tensor:
         """The mean over samples of a kind for the module called `name`.
+
+        Args:
+            kind: a name in `KINDS`, of which the mean has the shape, such as [out, in] of "fisher".
+            name: of the module.
 
         Raises:
             LowRankError: the kind or the module was not measured.
@@ -99,6 +113,9 @@ class Statistics:
         """That of the Kronecker factors of a module with the Fisher information of whole samples; None if not measured.
 
         To a few percent (see `cosine`).
+
+        Args:
+            name: of the module.
         """
         kinds = (*ALTERNATING, "fisher_sketch")
         return cosine(*(self.mean(kind, name) for kind in kinds)) if all(map(self.has, kinds)) else None
@@ -107,12 +124,19 @@ class Statistics:
         """Whether any sample's loss depended on the module: not on an expert that none was routed to.
 
         Where no gradients were kept, whether it depended on what the module reads.
+
+        Args:
+            name: of the module.
         """
         kinds = [kind for kind in self.sums if not KINDS[kind].of_input] or self.kinds
         return any(bool(self.sums[kind][name].any()) for kind in kinds if name in self.sums[kind])
 
     def check(self, targets: Mapping[str, Target], kinds: tuple[str, ...]) -> None:
         """Raise unless every target has these kinds, measured on the very weight it has now.
+
+        Args:
+            targets: the layers that are to be factorized (see `find_targets`).
+            kinds: names in `KINDS`.
 
         Raises:
             LowRankError: a kind is missing, or a module is unknown, has another shape or other weights.
@@ -133,6 +157,10 @@ class Statistics:
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write `statistics.safetensors` and `statistics.json` into a new folder, both or none.
 
+        Args:
+            folder: a new one.
+            overwrite: replace it, should it exist.
+
         Raises:
             LowRankError: the folder exists and `overwrite` is off.
         """
@@ -147,6 +175,9 @@ class Statistics:
     @classmethod
     def load(cls, folder: str | Path) -> "Statistics":
         """Read what `save` wrote. The tensors stay on disk, mapped into memory, until they are used.
+
+        Args:
+            folder: where they were saved.
 
         Raises:
             LowRankError: a file is missing, damaged, or of a newer format.

@@ -60,6 +60,11 @@ class Watch(Bar):
     """The bar, and the end of a run that diverges."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        """End a training that cannot come to anything.
+
+        Raises:
+            LowRankError: its loss is not finite.
+        """
         if not math.isfinite((logs or {}).get("loss", 0.0)):
             raise LowRankError(
                 f"the training diverged: its loss is {logs['loss']} after {state.global_step} steps; "

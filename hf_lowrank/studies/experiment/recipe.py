@@ -108,7 +108,11 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def parse_recipe(content: Any, name: str) -> Recipe:
-    """The content of a YAML file → a checked recipe. The errors are those of `load_recipe`."""
+    """The content of a YAML file → a checked recipe.
+
+    Raises:
+        LowRankError: as `load_recipe`.
+    """
     _check_keys(content, ("title", "experiments", *KEYS), "a recipe")
     shared = {key: value for key, value in content.items() if key in KEYS}
     parts = _list(content.get("experiments", [{}]), "experiments")
