@@ -12,23 +12,22 @@ from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.loading import load_model
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.tasks import get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
-# (method, share of the ranks), each with its own allocation
+# (method, allocation, share of the ranks)
 STUDIED = (
-    ("fwsvd", 0.33),
-    ("fwsvd2", 0.33),
-    ("tfwsvd", 0.33),
-    ("whiten-diag", 0.2),
-    ("whiten-diag", 0.1),
-    ("kfac", 0.33),
-    ("kfac", 0.2),
-    ("kfac", 0.1),
+    ("kfac", "uniform", 0.2),
+    ("kfac", "uniform", 0.1),
+    ("kfac", "greedy", 0.2),
+    ("kfac", "greedy", 0.1),
+    ("whiten-diag", "greedy", 0.2),
+    ("whiten-diag", "greedy", 0.1),
 )
-LABELS = ("data", "model")
+Studied = tuple[str, str, float]
 SEEDS = (0, 1, 2)
 SAMPLES = 512
 
@@ -45,18 +44,18 @@ def run(options: Options) -> Result:
     if options.model is None or options.task is None:
         raise LowRankError("labels needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     study = _Study(options)
-    found: dict[tuple[str, str, float], list[Measured]] = {}
+    found: dict[tuple[str, Studied], list[Measured]] = {}
     with bar("labels", len(SEEDS) * len(LABELS) * len(STUDIED), "models") as shown:
         for seed in SEEDS:
             for labels in LABELS:
                 statistics = study.statistics(labels, seed)
-                for method, ratio in STUDIED:
-                    found.setdefault((labels, method, ratio), []).append(study.measured(method, ratio, statistics))
+                for studied in STUDIED:
+                    found.setdefault((labels, studied), []).append(study.measured(studied, statistics))
                     shown.update()
-    rows = [_row(method, ratio, *(found[labels, method, ratio] for labels in LABELS)) for method, ratio in STUDIED]
+    rows = [_row(studied, *(found[labels, studied] for labels in LABELS)) for studied in STUDIED]
     figures = [
-        {"labels": labels, "method": method, "ratio": ratio, "measured": [each._asdict() for each in measured]}
-        for (labels, method, ratio), measured in found.items()
+        {"labels": labels, "studied": studied, "measured": [each._asdict() for each in measured]}
+        for (labels, studied), measured in found.items()
     ]
     return Result(
         f"{study.task.score} on {study.task.name} by the labels of the statistics; dense {study.dense:.2f}",
@@ -69,10 +68,11 @@ def run(options: Options) -> Result:
     )
 
 
-def _row(method: str, ratio: float, data: list[Measured], model: list[Measured]) -> Row:
+def _row(studied: Studied, data: list[Measured], model: list[Measured]) -> Row:
+    method, allocation, ratio = studied
     change = fmean(each.divergence for each in model) / fmean(each.divergence for each in data)
     return {
-        "method": f"{method}, {METHODS[method].allocation}",
+        "method": f"{method}, {allocation}",
         "ranks": f"{ratio:.0%}",
         "score, labels of the data": _spread([each.score for each in data], "{:.2f}"),
         "drawn from the model": _spread([each.score for each in model], "{:.2f}"),
@@ -99,13 +99,15 @@ class _Study:
 
     def statistics(self, labels: str, seed: int) -> Statistics:
         """What all studied methods need, by these labels."""
-        needs = dict.fromkeys(need for name, _ in STUDIED for need in METHODS[name].needs_for(losses=True))
+        needs = dict.fromkeys(need for name, *_ in STUDIED for need in METHODS[name].needs_for(losses=True))
         loader = calibration_loader(self.model, self.tokenizer, self.task, self.data_dir, SAMPLES, seed=seed)
         return compute_statistics(self.model, loader, list(needs), origin={"seed": seed}, progress=False, labels=labels)
 
-    def measured(self, method: str, ratio: float, statistics: Statistics) -> Measured:
+    def measured(self, studied: Studied, statistics: Statistics) -> Measured:
         """A model made by these statistics."""
-        low_rank, _ = compress(copy.deepcopy(self.model), CompressionConfig(method, ratio), statistics, progress=False)
+        method, allocation, ratio = studied
+        config = CompressionConfig(method, ratio, allocation)
+        low_rank, _ = compress(copy.deepcopy(self.model), config, statistics, progress=False)
         return Measured(self._score(low_rank), self.reference.divergence(low_rank, progress=False).mean)
 
     def _score(self, model: PreTrainedModel) -> float:

@@ -20,6 +20,7 @@ from hf_lowrank.cli.options import (
     TaskOption,
     chosen_methods,
 )
+from hf_lowrank.solvers.family import get_method
 
 if TYPE_CHECKING:
     from hf_lowrank.studies.analysis import Analysis
@@ -81,6 +82,8 @@ def analyze_command(context: typer.Context, model: ModelArgument, given: Analyze
     console.print(f"the report is {given.output / 'report.html'}; to compress as it advises:", highlight=False)
     advised = {"method": analysis.recommended.method, "rank_ratio": analysis.recommended.rank_ratio}
     options = {"task": given.task, **advised, **_changed(given.data), **_changed(given.calibration)}
+    if get_method(analysis.recommended.method).labels != "data":  # what was measured here is the loss of the data
+        options |= {"labels": "data"}
     options |= {**_changed(given.layers), "output": f"{Path(public_name(model)).name}-lowrank"}
     console.print(_command("compress", model, **options), highlight=False, markup=False, soft_wrap=True)
 

@@ -97,6 +97,7 @@ METHODS = {
             (*_INPUTS, "gradient_moment"),
             "greedy",
             in_loss_units=True,
+            labels="model",
         ),
         Method(
             "gfwsvd",

@@ -64,11 +64,12 @@ def method(
     allocation: str = "uniform",
     in_loss_units: bool = False,
     iterates: bool = False,
+    labels: str = "data",
 ) -> Callable:
     """Add a method of one's own: the decorated function becomes the objective of a new member of the family."""
     if name in METHODS:
         raise ValueError(f"a method called {name!r} exists already")
-    METHODS[name] = Method(name, formula, source, needs, allocation, in_loss_units, iterates)
+    METHODS[name] = Method(name, formula, source, needs, allocation, in_loss_units, iterates, labels)
     return objective_of(name)
 
 

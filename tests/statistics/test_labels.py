@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import BertModel, PreTrainedModel
 
-from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
+from hf_lowrank import METHODS, CompressionConfig, LowRankError, Statistics, compress, compute_statistics
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.interrupts import Stopped
 from hf_lowrank.model.predictions import mean_pooled, predict
@@ -210,6 +210,11 @@ def test_statistics_say_whose_labels_they_are_by_and_are_not_mixed(tmp_path: Pat
         drawn.joined(given)
     _, report = compress(model, config, drawn, progress=False)
     assert report.statistics["labels"] == "model"
+
+
+def test_the_default_is_the_methods_own() -> None:
+    """The papers' methods stay as published."""
+    assert {name: method.labels for name, method in METHODS.items() if method.labels != "data"} == {"kfac": "model"}
 
 
 def test_what_has_no_likelihood_is_refused() -> None:
