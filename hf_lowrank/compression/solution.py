@@ -14,7 +14,8 @@ from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
 from hf_lowrank.solvers.family import DEFAULT_GAUGE
-from hf_lowrank.solvers.methods import Means, mean_input
+from hf_lowrank.solvers.methods import Means, mean_input, rounding_sides
+from hf_lowrank.solvers.scaled import Scaled
 from hf_lowrank.statistics import Statistics
 
 
@@ -62,7 +63,7 @@ class LayerSolver:
         unit, fisher_cosine = self._loss_per_error(name, objective), self._fisher_cosine(name)
         wanted = self._wanted(name, weight, objective)
         factors = objective.factorize(wanted, rank)
-        chosen = GAUGES[self.gauge](factors, objective.two_sided())
+        chosen = GAUGES[self.gauge](factors, self.rounding_sides(name, weight.device))
         with readable(target.module):
             low_rank = layer_class_for(target.module).from_factors(target.module, chosen.up, chosen.down)
         up, down = low_rank.matrices()
@@ -92,6 +93,10 @@ class LayerSolver:
     def _objective(self, name: str, device: torch.device) -> Objective:
         objective = self.method.objective({kind: mean.to(device) for kind, mean in self._means(name).items()})
         return objective if self.optimizer is None else with_optimizer(objective, self.optimizer)
+
+    def rounding_sides(self, name: str, device: torch.device) -> Scaled:
+        """What counts on both sides of a layer when something is rounded (see `methods.rounding_sides`)."""
+        return rounding_sides(self.method, {kind: mean.to(device) for kind, mean in self._means(name).items()})
 
     def _means(self, name: str) -> Means:
         """What the method knows of a layer: its mean input only where a bias can make up for what becomes of it."""

@@ -160,3 +160,11 @@ def mean_input(statistics: Means) -> Tensor | None:
     if "activation_mean" not in statistics:
         return None
     return statistics["activation_mean"].double() / statistics["active_tokens"].clamp_min(1)
+
+
+def rounding_sides(method: Method, statistics: Means) -> Scaled:
+    """The two-sided error of a method over whole inputs, their mean included, whatever the method makes of it.
+
+    It is part of the ranges that are rounded, and of what a rounded weight changes.
+    """
+    return method.objective({kind: mean for kind, mean in statistics.items() if kind != "activation_mean"}).two_sided()

@@ -148,3 +148,15 @@ def test_kept_factors_have_their_bias_and_half_precision_stays(tmp_path: Path) -
     one, two = first.state_dict(), again.state_dict()
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) and one[key].dtype == torch.bfloat16 for key in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gauge_is_of_whole_inputs_as_ranges_contain_their_mean(method: str) -> None:
+    model = shifted(tiny_bert())
+    name, batch = "bert.encoder.layer.0.intermediate.dense", text_batch(model)
+    x = read_by(model, name, batch)
+    statistics = measured(model, name, method, batch)
+    config = CompressionConfig(method, RANK_RATIO, include=(name,))
+    low_rank, _ = compress(copy.deepcopy(model), config, statistics, progress=False)
+    moments = low_rank.get_submodule(name).down(x).square().mean(dim=0)
+    assert moments.max() < 1.05 * moments.min()  # of every channel: they are the same, but for damping
