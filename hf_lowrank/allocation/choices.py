@@ -74,9 +74,9 @@ def total_loss(choices: dict[str, Choices], chosen: dict[str, int]) -> float:
 
 def cheapest(choices: dict[str, Choices]) -> float:
     """The least that every layer together can cost."""
-    return sum(each.costs[0] for each in choices.values())
+    return sum(layer.costs[0] for layer in choices.values())
 
 
 def dearest(choices: dict[str, Choices]) -> float:
     """The most that every layer together can cost."""
-    return sum(each.costs[-1] for each in choices.values())
+    return sum(layer.costs[-1] for layer in choices.values())

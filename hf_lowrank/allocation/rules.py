@@ -60,7 +60,7 @@ def uniform(choices: dict[str, Choices], budget: float) -> Chosen:
     """The largest share of min(out, in) that fits, for every layer alike. The setting of FWSVD and TFWSVD."""
 
     def chosen(ratio: float) -> Chosen:
-        return {name: _at_share(each, ratio) for name, each in choices.items()}
+        return {name: _at_share(layer, ratio) for name, layer in choices.items()}
 
     return _largest(chosen, choices, budget)
 
@@ -79,11 +79,11 @@ def _climbed(choices: dict[str, Choices], start: Chosen, budget: float) -> Chose
     """The greedy steps from `start`."""
     chosen = dict(start)
     left = budget - total_cost(choices, chosen)
-    hulls = {name: _hull(each) for name, each in choices.items()}
+    hulls = {name: _hull(layer) for name, layer in choices.items()}
 
     def step(name: str, target: int) -> tuple[float, str, int]:
-        each, now = choices[name], chosen[name]
-        more, saved = each.costs[target] - each.costs[now], each.losses[now] - each.losses[target]
+        layer, now = choices[name], chosen[name]
+        more, saved = layer.costs[target] - layer.costs[now], layer.losses[now] - layer.losses[target]
         return -saved / more if more > 0 else -math.inf, name, target
 
     def next_step(name: str) -> list[tuple[float, str, int]]:
@@ -107,8 +107,8 @@ def _climbed(choices: dict[str, Choices], start: Chosen, budget: float) -> Chose
 def type_wise(choices: dict[str, Choices], budget: float) -> Chosen:
     """As greedy, with all layers of one type and shape (names that differ in numbers alone) moving together."""
     kinds: dict[tuple[str, tuple[int | None, ...]], list[str]] = {}
-    for name, each in choices.items():
-        kinds.setdefault((re.sub(r"\d+", "*", name), each.ranks), []).append(name)
+    for name, layer in choices.items():
+        kinds.setdefault((re.sub(r"\d+", "*", name), layer.ranks), []).append(name)
     joined = {
         str(number): Choices(
             choices[names[0]].shape,
@@ -123,14 +123,14 @@ def type_wise(choices: dict[str, Choices], budget: float) -> Chosen:
 
 
 @allocation("effective-rank", "ranks in proportion to the entropy of the spectrum", "spectrum")
-def effective_rank(choices: dict[str, Choices], budget: float) -> Chosen:
+def by_entropy(choices: dict[str, Choices], budget: float) -> Chosen:
     """Ranks proportional to exp(entropy of the normalised spectrum), Roy & Vetterli (2007), as large as fits."""
-    effective = {name: _effective_rank(each) for name, each in choices.items()}
+    effective = {name: _entropy_rank(layer) for name, layer in choices.items()}
 
     def chosen(factor: float) -> Chosen:
-        return {name: _at_share(each, factor * effective[name] / min(each.shape)) for name, each in choices.items()}
+        return {name: _at_share(layer, factor * effective[name] / min(layer.shape)) for name, layer in choices.items()}
 
-    return _largest(chosen, choices, budget, most=max(min(each.shape) for each in choices.values()))
+    return _largest(chosen, choices, budget, most=max(min(layer.shape) for layer in choices.values()))
 
 
 @allocation("knapsack", "the best combination of losses measured layer by layer at a few ranks", "profile")
@@ -143,29 +143,29 @@ def knapsack(choices: dict[str, Choices], budget: float) -> Chosen:
     """
     import numpy as np  # here, as it takes time to import
 
-    part, rest = budget / KNAPSACK_PARTS, sum(each.costs[0] for each in choices.values())
+    part, rest = budget / KNAPSACK_PARTS, sum(layer.costs[0] for layer in choices.values())
     costs, losses, kept = np.zeros(1), np.zeros(1), []
-    for each in choices.values():
-        rest -= each.costs[0]  # the least that the layers to come will cost
-        costs, losses = (np.add.outer(a, b).ravel() for a, b in ((costs, each.costs), (losses, each.losses)))
+    for layer in choices.values():
+        rest -= layer.costs[0]  # the least that the layers to come will cost
+        costs, losses = (np.add.outer(a, b).ravel() for a, b in ((costs, layer.costs), (losses, layer.losses)))
         order = np.lexsort((costs, losses, costs // part))
         order = order[(costs[order] + rest <= budget * (1 + 1e-12)) | (costs[order] == costs.min())]
         _, first = np.unique(costs[order] // part, return_index=True)
         kept.append(order[first])
         costs, losses = costs[kept[-1]], losses[kept[-1]]
     best, chosen = int(losses.argmin()), {}
-    for (name, each), origin in zip(reversed(choices.items()), reversed(kept), strict=True):
-        best, chosen[name] = divmod(int(origin[best]), len(each.ranks))
+    for (name, layer), origin in zip(reversed(choices.items()), reversed(kept), strict=True):
+        best, chosen[name] = divmod(int(origin[best]), len(layer.ranks))
     best_kept = _climbed(choices, {name: chosen[name] for name in choices}, budget)
     return min(best_kept, greedy(choices, budget), key=lambda found: total_loss(choices, found))
 
 
-def _at_share(each: Choices, ratio: float) -> int:
+def _at_share(layer: Choices, ratio: float) -> int:
     """The choice at rank ratio · min(out, in), rounded; dense where that is no longer among the ranks that save."""
-    rank = round(ratio * min(each.shape))
-    if each.ranks[-1] is None and rank > (each.ranks[-2] if len(each.ranks) > 1 else 0):  # type: ignore[operator]
-        return len(each.ranks) - 1
-    return each.at_most(rank)
+    rank = round(ratio * min(layer.shape))
+    if layer.ranks[-1] is None and rank > (layer.ranks[-2] if len(layer.ranks) > 1 else 0):  # type: ignore[operator]
+        return len(layer.ranks) - 1
+    return layer.at_most(rank)
 
 
 def _largest(
@@ -181,26 +181,26 @@ def _largest(
     return chosen(low)
 
 
-def _hull(each: Choices) -> list[int]:
+def _hull(layer: Choices) -> list[int]:
     """The indices on the lower convex hull of the (cost, loss) points."""
     hull: list[int] = []
-    for index in range(len(each.ranks)):
-        while len(hull) >= 2 and _above(each, hull[-2], hull[-1], index):
+    for index in range(len(layer.ranks)):
+        while len(hull) >= 2 and _above(layer, hull[-2], hull[-1], index):
             hull.pop()
         hull.append(index)
     return hull
 
 
-def _above(each: Choices, a: int, b: int, c: int) -> bool:
+def _above(layer: Choices, a: int, b: int, c: int) -> bool:
     """Whether the point b lies on or above the line from a to c."""
-    (xa, ya), (xb, yb), (xc, yc) = ((each.costs[n], each.losses[n]) for n in (a, b, c))
+    (xa, ya), (xb, yb), (xc, yc) = ((layer.costs[n], layer.losses[n]) for n in (a, b, c))
     return (yb - ya) * (xc - xa) >= (yc - ya) * (xb - xa)
 
 
-def _effective_rank(each: Choices) -> float:
+def _entropy_rank(layer: Choices) -> float:
     import numpy as np
 
-    spectrum = np.asarray(each.spectrum)
+    spectrum = np.asarray(layer.spectrum)
     spectrum = spectrum[spectrum > 0]
     if len(spectrum) == 0:
         return 1.0

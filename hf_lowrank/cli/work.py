@@ -9,7 +9,7 @@ import typer
 from accelerate import PartialState
 
 from hf_lowrank.cli.options import LayerOptions
-from hf_lowrank.compression.memory import estimate_memory, skeleton, sums_device
+from hf_lowrank.compression.memory import estimate_memory, skeleton, statistics_device
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import held_for_all, on_main
@@ -79,7 +79,7 @@ def check_memory(
     if task is None or empty is None:
         return None, None
     estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=batch_size * task.max_length)
-    place = sums_device(estimate, state.device)
+    place = statistics_device(estimate, state.device)
     if state.is_main_process:
         kept = ", the statistics in main memory" if place is not None else ""
         print(

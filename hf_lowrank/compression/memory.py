@@ -124,7 +124,7 @@ def skeleton(name: str, task: Task, device: torch.device) -> PreTrainedModel | N
         return None
 
 
-def sums_device(estimate: MemoryEstimate, device: torch.device) -> torch.device | None:
+def statistics_device(estimate: MemoryEstimate, device: torch.device) -> torch.device | None:
     """Where the statistics can be kept: beside the layers (None), else in main memory.
 
     Raises:

@@ -137,7 +137,7 @@ def _difference(model: PreTrainedModel, path: Path, shape: tuple[int, int]) -> f
     found = OnnxModel(path, model.config)(**inputs).values()
     with torch.no_grad():
         expected = _Outputs(model)(*inputs.values())
-    return max(float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True))
+    return max(float((output - wanted).norm() / wanted.norm()) for output, wanted in zip(found, expected, strict=True))
 
 
 def _require_packages() -> Any:

@@ -17,7 +17,7 @@ from hf_lowrank.nn.publishing_lowrank import CARD, RECORD, card_for, commit_file
 # Cards are imported where they are written: with them come the tasks, and with those a second of imports.
 
 # What belongs to a model. Checkpoints of a training, logs and pickles that may lie in the folder stay where they are.
-PUBLISHED = re.compile(
+UPLOADED = re.compile(
     r"(?!\.)[^/]+\.(json|safetensors|txt|model|jinja|png|svg)|additional_chat_templates/[^/]+\.jinja|LICENSE|NOTICE|"
     + "|".join(map(re.escape, (CARD, *SOURCE_FILES)))
 )
@@ -94,7 +94,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if not getattr(config, "ranks", None):
         raise LowRankError(f"{folder} is an ordinary {config.model_type} model: push it with transformers' push_to_hub")
     names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    chosen = {name: path for name, path in names.items() if PUBLISHED.fullmatch(name) and name not in TRAINING}
+    chosen = {name: path for name, path in names.items() if UPLOADED.fullmatch(name) and name not in TRAINING}
     for needed in SOURCE_FILES:
         if needed not in chosen:
             raise LowRankError(f"{folder} lacks {needed}, which others need to load the model: save it again")

@@ -168,7 +168,7 @@ def _begin(folder: Path, key: dict[str, Any], resume: bool, overwrite: bool) -> 
     remove_leftovers(folder)
     if path.is_file():
         _drop(folder)
-    if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+    if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise LowRankError(f"{folder}, the place for unfinished work, is in use: move it away")
     with space_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

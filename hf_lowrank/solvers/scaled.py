@@ -188,8 +188,8 @@ class Scaled:
         """The best factors of `weight` [out, in] at `rank`, computed in float64."""
         shorter, half, whole = self._scaled(weight)
         leading = _leading(_lower_product(whole, half), rank)
-        one, other = shorter.undo(leading), leading.T @ half
-        return Factors(one, other) if weight.shape[0] <= weight.shape[1] else Factors(other.T, one.T)
+        left, right = shorter.undo(leading), leading.T @ half
+        return Factors(left, right) if weight.shape[0] <= weight.shape[1] else Factors(right.T, left.T)
 
     def two_sided(self) -> "Scaled":
         """These scalings: what every objective can be asked for."""

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from benchmarks.memory import Peak, resident
 from hf_lowrank import LowRankError, compute_statistics
-from hf_lowrank.compression.memory import available, estimate_memory, factorization_bytes, skeleton, sums_device
+from hf_lowrank.compression.memory import available, estimate_memory, factorization_bytes, skeleton, statistics_device
 from hf_lowrank.solvers import get_method
 from hf_lowrank.tasks import get_task
 from tests.helpers import tiny_bert, tiny_llama
@@ -61,8 +61,8 @@ def test_what_cannot_fit_is_refused_with_figures(tmp_path: Path) -> None:
     assert model is not None
     estimate = estimate_memory(model, ["activation_moment"], tokens=16 * 512)
     with pytest.raises(LowRankError, match=r"would take about \d+\.\d+ GiB \(model .* GiB are free for it on cpu; use"):
-        sums_device(estimate, CPU)
-    assert sums_device(estimate_memory(tiny_bert(), ["fisher"]), CPU) is None
+        statistics_device(estimate, CPU)
+    assert statistics_device(estimate_memory(tiny_bert(), ["fisher"]), CPU) is None
     assert 0 < available(CPU) < 2**50
 
 

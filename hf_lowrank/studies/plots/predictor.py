@@ -40,9 +40,9 @@ def expectation_figure(layers: Sequence[LayerAnalysis]) -> Figure:
         of = [layer.methods[method] for layer in layers]
         look = {key: value for key, value in method_style(method).items() if key != "linestyle"}
         axes.errorbar(
-            [each.expected_increase for each in of],
-            [each.measured.loss_increase for each in of],
-            [each.measured.loss_increase_error for each in of],
+            [point.expected_increase for point in of],
+            [point.measured.loss_increase for point in of],
+            [point.measured.loss_increase_error for point in of],
             linestyle="none",
             elinewidth=0.6,
             alpha=0.75,
@@ -50,9 +50,9 @@ def expectation_figure(layers: Sequence[LayerAnalysis]) -> Figure:
             **look,
         )
     axes.set_xscale("log")
-    _symlog(axes, [each.measured.loss_increase for layer in layers for each in layer.methods.values()])
+    _symlog(axes, [point.measured.loss_increase for layer in layers for point in layer.methods.values()])
     axes.axhline(0, color=BLACK, linewidth=0.6)
-    _draw_identity(axes, [each.expected_increase for layer in layers for each in layer.methods.values()])
+    _draw_identity(axes, [point.expected_increase for layer in layers for point in layer.methods.values()])
     axes.set_xlabel("expected loss increase, ½ E[tr ΔᵀGΔA] (loss per sample)")
     axes.set_ylabel("measured loss increase (loss per sample)")
     axes.set_title("One layer compressed, the others dense: each point is a layer")
@@ -91,9 +91,9 @@ def fisher_figure(layers: Sequence[LayerAnalysis]) -> Figure:
 @styled
 def correlation_figure(correlations: Sequence[Correlation], ending: str = "loss increase") -> Figure:
     """Spearman's ρ of every predictor (rows) with every outcome (columns) whose name ends so, as a table with bars."""
-    known = [each for each in correlations if each.outcome.endswith(ending)]
-    outcomes = list(dict.fromkeys(each.outcome for each in known))
-    predictors = list(dict.fromkeys(each.predictor for each in known))
+    known = [found for found in correlations if found.outcome.endswith(ending)]
+    outcomes = list(dict.fromkeys(found.outcome for found in known))
+    predictors = list(dict.fromkeys(found.predictor for found in known))
     columns = min(PANELS, len(outcomes))
     rows = -(-len(outcomes) // columns)
     figure = new_figure(2.6 + 1.25 * columns, rows * (0.9 + 0.3 * len(predictors)) + 0.45)
@@ -102,7 +102,7 @@ def correlation_figure(correlations: Sequence[Correlation], ending: str = "loss 
         if n >= len(outcomes):
             panel.set_visible(False)
             continue
-        rho = {each.predictor: each.rho for each in known if each.outcome == outcomes[n] and each.rho is not None}
+        rho = {found.predictor: found.rho for found in known if found.outcome == outcomes[n] and found.rho is not None}
         _bars(panel, {predictors.index(name): value for name, value in rho.items()}, outcomes[n])
         panel.set_yticks(range(len(predictors)), predictors)
         panel.set_ylim(len(predictors) - 0.5, -0.5)

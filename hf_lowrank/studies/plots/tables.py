@@ -94,6 +94,12 @@ def correlation_rows(analysis: Analysis) -> tuple[Row, list[Row]]:
     """Every predictor against every outcome."""
     header = ("predictor", "outcome", "Spearman's ρ", "p", "layers")
     return header, [
-        (each.predictor, each.outcome, None if each.rho is None else f"{each.rho:.2f}", each.p_value, each.matrices)
-        for each in analysis.correlations
+        (
+            found.predictor,
+            found.outcome,
+            None if found.rho is None else f"{found.rho:.2f}",
+            found.p_value,
+            found.matrices,
+        )
+        for found in analysis.correlations
     ]
