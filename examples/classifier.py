@@ -12,7 +12,7 @@ import os
 
 from transformers import pipeline
 
-from hf_lowrank.pipeline import Pipeline
+from hf_lowrank import Pipeline
 
 MODEL = os.environ.get("MODEL", "distilbert/distilbert-base-uncased-finetuned-sst-2-english")
 OUTPUT = os.environ.get("OUTPUT", "classifier-small")

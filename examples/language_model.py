@@ -10,7 +10,7 @@
 # %%
 import os
 
-from hf_lowrank.pipeline import Pipeline
+from hf_lowrank import Pipeline
 
 MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M")
 OUTPUT = os.environ.get("OUTPUT", "language-model-small")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_lowrank.folder.hub import push_folder
     from hf_lowrank.nn.configuration_lowrank import LowRankConfig
     from hf_lowrank.nn.layers_lowrank import LowRankLinear
+    from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.solvers.family import METHODS
     from hf_lowrank.statistics.collect import compute_fisher, compute_statistics
     from hf_lowrank.statistics.container import Statistics
@@ -33,6 +34,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankError",
     "LowRankLinear",
+    "Pipeline",
     "Statistics",
     "compress",
     "compute_fisher",
@@ -49,6 +51,7 @@ __getattr__ = lazily(
         "CompressionReport": "compression.report",
         "LowRankConfig": "nn.configuration_lowrank",
         "LowRankLinear": "nn.layers_lowrank",
+        "Pipeline": "pipeline",
         "Statistics": "statistics.container",
         "compress": "compression.compress",
         "compute_fisher": "statistics.collect",

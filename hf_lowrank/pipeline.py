@@ -1,5 +1,6 @@
 """A model and a task's data → statistics → ranks → factors → score → a saved folder: the flow, written once."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,15 +30,16 @@ from hf_lowrank.model.weights import model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.tasks import Task, described, get_task, label_mapping, load_validation
+from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
 from hf_lowrank.tasks.task import Texts
 from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.divergence import Divergence, Reference
-from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits
+from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits, score_and_loss
+from hf_lowrank.training.finetune import finetune
 from hf_lowrank.training.heal import heal
-from hf_lowrank.training.limits import loss_limit, score_limit
+from hf_lowrank.training.limits import limit_for
 
 
 @dataclass
@@ -50,15 +52,16 @@ class Pipeline:
         task: says which rows, labels and metric; None where nothing is measured.
         data_dir: a folder with train and validation files; None for the Hub's.
         name: what records call the model: a Hub name, or the last part of a folder's path.
-        samples: training rows that statistics are measured on, chosen by `seed`, in batches of `batch_size`.
+        seed: which training rows statistics are measured on.
+        samples: how many.
+        batch_size: how many at a time; of speed and memory, not of the result.
         labels: whose labels statistics are by, "data" or "model"; None for the method's own, or those drawn from the
             model where the task has none.
         dtype: in which weights are saved; None for that of the model in memory.
         device: where statistics are kept; None for beside the layers.
         work: where unfinished work is kept; None for nowhere (see `begin`).
         facts: what the record says besides what the pipeline knows by itself.
-        seed: of the samples that are drawn, and of labels drawn from the model.
-        batch_size: rows in a batch of them.
+        progress: whether bars are shown.
 
     >>> pipeline = Pipeline.load("./bert-stsb", task="stsb")            # doctest: +SKIP
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
@@ -80,6 +83,7 @@ class Pipeline:
     device: torch.device | None = None
     work: Work | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    progress: bool = True
     report: CompressionReport | None = field(default=None, init=False)
 
     @classmethod
@@ -130,9 +134,20 @@ class Pipeline:
     @property
     def origin(self) -> dict[str, Any]:
         """What statistics are measured on, in plain words."""
-        _, task = self._reading
-        data = task.hub[0] if self.data_dir is None else self.data_dir.resolve().name
+        _, task = self.reading
+        data = data_name(task, self.data_dir)
         return {"model": self.name, "task": task.name, "data": data, "split": "train", "seed": self.seed}
+
+    @property
+    def reading(self) -> tuple[PreTrainedTokenizerBase, Task]:
+        """What data are read with, where something is measured.
+
+        Raises:
+            LowRankError: there is no task.
+        """
+        if self.tokenizer is None or self.task is None:
+            raise LowRankError("there is no task to measure on: load the model for one")
+        return self.tokenizer, self.task
 
     @cached_property
     def validation(self) -> Sequence[Dataset]:
@@ -141,13 +156,13 @@ class Pipeline:
         Raises:
             LowRankError: the data cannot be read or lack what the task needs.
         """
-        tokenizer, task = self._reading
+        tokenizer, task = self.reading
         return load_validation(task, self.data_dir, tokenizer, self.model.config)
 
     @cached_property
     def scored_on(self) -> dict[str, Any]:
         """What `score` is measured on: names, rows and a digest; scores are comparable where these are equal."""
-        return described(self.validation, self._reading[1], self.data_dir)
+        return described(self.validation, self.reading[1], self.data_dir)
 
     @cached_property
     def calibration(self) -> DataLoader:
@@ -156,7 +171,24 @@ class Pipeline:
         Raises:
             LowRankError: as `calibration_loader`.
         """
-        return self._rows(self.samples, self.labels)
+        return self.rows(self.samples, self.labels or "data")
+
+    def rows(self, samples: int, labels: str = "data") -> DataLoader:
+        """As `calibration`, of another number of training rows, and by whose labels they are to be used."""
+        tokenizer, task = self.reading
+        rest = (self.data_dir, samples, self.batch_size, self.seed, labels)
+        return calibration_loader(self.model, tokenizer, task, *rest)
+
+    def batches(self, rows: Dataset, batch_size: int) -> DataLoader:
+        """Encoded rows, such as a split of `validation`, in batches, in their order."""
+        tokenizer, task = self.reading
+        return DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
+
+    def candidate(self, progress: bool = False) -> "Pipeline":
+        """A pipeline of a copy of the model, on the same data, which are not read again."""
+        other = copy.copy(self)
+        other.model, other.facts, other.progress = copy.deepcopy(self.model), {**self.facts}, progress
+        return other
 
     def check(self, config: CompressionConfig) -> None:
         """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
@@ -238,6 +270,7 @@ class Pipeline:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         labels: str | None = None,
+        **origin: Any,
     ) -> Statistics:
         """Statistics of these kinds, measured on the calibration samples by these labels, or the pipeline's.
 
@@ -246,6 +279,7 @@ class Pipeline:
             include: name patterns of layers (see `find_targets`); None for the linears inside the blocks.
             exclude: name patterns of layers to leave out.
             labels: "data" or "model"; None for the pipeline's.
+            origin: joins what the statistics note of the samples.
 
         Raises:
             LowRankError: as `compute_statistics`.
@@ -253,12 +287,13 @@ class Pipeline:
         whose = labels or self.labels or "data"
         return compute_statistics(
             self.model,
-            self.calibration if whose == (self.labels or "data") else self._rows(self.samples, whose),
+            self._rows_by(whose),
             kinds,
             labels=whose,
             include=include,
             exclude=exclude,
-            origin=self.origin,
+            origin=self.origin | origin,
+            progress=self.progress,
             device=self.device,
             work=self.work,
         )
@@ -275,16 +310,21 @@ class Pipeline:
         """
         if get_allocation(config.allocation or "").losses != "profile":
             return None
-        return profile_losses(self.model, config, statistics, self._rows(PROFILE_SAMPLES, "data"))
+        return profile_losses(self.model, config, statistics, self.rows(PROFILE_SAMPLES), progress=self.progress)
 
     def compress(
-        self, config: CompressionConfig | None = None, statistics: Statistics | None = None, **settings: Any
+        self,
+        config: CompressionConfig | None = None,
+        statistics: Statistics | None = None,
+        profile: Profile | None = None,
+        **settings: Any,
     ) -> CompressionReport:
         """Factorize the model in place, and say what became of it.
 
         Args:
             config: what to do; in its place `settings`, as keyword arguments of `CompressionConfig`.
             statistics: measured before; None to measure them now.
+            profile: likewise, for the allocation "knapsack".
             settings: arguments of `CompressionConfig`, where no config is given.
 
         Raises:
@@ -294,9 +334,9 @@ class Pipeline:
             raise LowRankError(f"give a config or settings, not both: {', '.join(settings)}")
         config = config or CompressionConfig(**settings)
         measured = statistics or self.statistics(config)
-        profile = self.profile(config, measured)
+        profile = profile or self.profile(config, measured)
         rest: Any = {"work": self.work, "profile": profile, "batches": self._rows_again(config, measured)}
-        self.model, self.report = compress(self.model, config, measured, **rest)
+        self.model, self.report = compress(self.model, config, measured, self.progress, **rest)
         return self.report
 
     def search(
@@ -315,15 +355,13 @@ class Pipeline:
             max_loss_increase: in its place, how much the mean loss may rise at most.
 
         Raises:
-            LowRankError: as `compress`, `score_limit` and `search_smallest`; no model is good enough.
+            LowRankError: as `compress`, `limit_for` and `search_smallest`; no model is good enough.
         """
         measured = statistics or self.statistics(config)
         profile = self.profile(config, measured)
-        reading = (self.model, *self._reading, self.validation)
-        kept = keep_score is not None
-        limit = score_limit(*reading, keep_score or 1.0) if kept else loss_limit(*reading, max_loss_increase or 0.0)
+        limit = limit_for(self.model, *self.reading, self.validation, keep_score, max_loss_increase)
         try:
-            rest: Any = {"batches": self._rows_again(config, measured)}
+            rest: Any = {"batches": self._rows_again(config, measured), "progress": self.progress}
             found = search_smallest(self.model, config, measured, limit.measure, limit.accepts, profile, **rest)
         except LowRankError as error:
             raise LowRankError(f"{error}; wanted {limit}") from None
@@ -344,28 +382,28 @@ class Pipeline:
             LowRankError: as `heal`.
         """
         folder = None if self.work is None else self.work.folder / "healing"
-        tokenizer, task = self._reading
+        tokenizer, task = self.reading
         options: Any = {"dtype": self.dtype, "checkpoints": folder, "resume": True, **settings}
-        facts = heal(self.model, teacher, tokenizer, task, self.data_dir, **options)
+        facts = heal(self.model, teacher, tokenizer, task, self.data_dir, progress=self.progress, **options)
         data = data_name(task, self.data_dir)
         self.facts["healing"] = facts | {"teacher": name or self.name, "data": data, "versions": versions()}
         return facts
 
-    def score(self, model: PreTrainedModel | None = None, progress: bool = True) -> dict[str, float]:
-        """The figures of the task's metrics, and `score`, on all validation rows: of this model, or of another.
+    def score(self) -> dict[str, float]:
+        """The figures of the task's metrics, and `score`, on all validation rows."""
+        return evaluate_splits(self.model, *self.reading, self.validation, progress=self.progress)
 
-        Args:
-            model: another model to measure; None for the pipeline's.
-            progress: whether a bar is shown.
-        """
-        chosen = self.model if model is None else model
-        return evaluate_splits(chosen, *self._reading, self.validation, progress=progress)
+    def score_and_loss(self) -> dict[str, float]:
+        """The `score`, and the mean `loss` of the validation rows, over several splits the means."""
+        return score_and_loss(self.model, *self.reading, self.validation, self.progress)
 
     def score_dense(self) -> dict[str, float]:
         """As `score`, noted for the record as the score before compression."""
-        figures = self.score()
-        self.facts |= with_score(self.facts, "dense", figures["score"], self.scored_on)
-        return figures
+        return self._noted("dense")
+
+    def score_compressed(self) -> dict[str, float]:
+        """As `score`, noted for the record as the score after compression."""
+        return self._noted("compressed")
 
     def divergence(self, dense: PreTrainedModel, model: PreTrainedModel | None = None) -> Divergence:
         """How far the predictions of this model, or another, are from a dense one's, on all validation rows.
@@ -377,7 +415,7 @@ class Pipeline:
         Raises:
             LowRankError: they predict different things.
         """
-        reference = Reference(dense, *self._reading, self.validation)
+        reference = Reference(dense, *self.reading, self.validation)
         return reference.divergence(self.model if model is None else model)
 
     def compare_saved(self, folder: str | Path, name: str) -> Divergence:
@@ -387,7 +425,7 @@ class Pipeline:
             folder: where the model was saved.
             name: of the model that it was made from, a folder or a Hub name.
         """
-        task = self._reading[1]
+        task = self.reading[1]
         found = self.divergence(load_trained(name, task), load_trained(str(folder), task))
         noted = with_divergence(self.facts, "compressed", found.to_dict(), self.scored_on)
         self.facts |= noted
@@ -400,12 +438,20 @@ class Pipeline:
         Args:
             folder: where the model was saved.
         """
-        _, task = self._reading
+        _, task = self.reading
         figures, scored_on = evaluate_described(*load_model(str(folder), task), task, self.data_dir)
         found = with_score(self.facts, "compressed", figures["score"], scored_on)
         self.facts |= found
         add_facts(folder, **found)
         return figures
+
+    def finetune(self, **options: Any) -> dict[str, Any]:
+        """Train the model in place, as it is or compressed; `options` are those of `training.finetune.finetune`.
+
+        Raises:
+            LowRankError: as there.
+        """
+        return finetune(self.model, *self.reading, self.data_dir, progress=self.progress, **options)
 
     def save(self, folder: str | Path, overwrite: bool = False, **facts: Any) -> None:
         """Write model, tokenizer, record and card into a new folder, all of it or nothing; `facts` join the record.
@@ -446,6 +492,11 @@ class Pipeline:
         if self.work is not None:
             self.work.remove()
 
+    def _noted(self, kind: str) -> dict[str, float]:
+        figures = self.score()
+        self.facts |= with_score(self.facts, kind, figures["score"], self.scored_on)
+        return figures
+
     def _known(self) -> dict[str, Any]:
         """What the record says of where the model comes from."""
         known: dict[str, Any] = {"base_model": self.name, "versions": versions()}
@@ -455,23 +506,15 @@ class Pipeline:
                 known |= {"labels": mapping}
         return known
 
-    @property
-    def _reading(self) -> tuple[PreTrainedTokenizerBase, Task]:
-        """What data are read with."""
-        if self.tokenizer is None or self.task is None:
-            raise LowRankError("there is no task to measure on: load the model for one")
-        return self.tokenizer, self.task
-
     def _rows_again(self, config: CompressionConfig, statistics: Statistics | None) -> DataLoader | None:
         """The samples of the statistics, for sequential factors."""
         if statistics is None or not config.sequential:
             return None
-        return self._rows(self.samples, "data" if statistics.labels == "data" else "model")
+        return self._rows_by("data" if statistics.labels == "data" else "model")
 
-    def _rows(self, samples: int, labels: str | None) -> DataLoader:
-        tokenizer, task = self._reading
-        rest = (self.data_dir, samples, self.batch_size, self.seed, labels or "data")
-        return calibration_loader(self.model, tokenizer, task, *rest)
+    def _rows_by(self, labels: str) -> DataLoader:
+        """The calibration samples, to be used by these labels."""
+        return self.calibration if labels == (self.labels or "data") else self.rows(self.samples, labels)
 
 
 def task_of_texts(name: str, texts: Texts, max_length: int | None = None) -> Task:

@@ -8,9 +8,9 @@ import pytest
 
 import hf_lowrank
 from benchmarks.picture import curves
+from hf_lowrank import Pipeline
 from hf_lowrank.allocation import ALLOCATIONS, BUDGETS
 from hf_lowrank.jobs.files import read_json
-from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.solvers import METHODS
 from hf_lowrank.statistics import KINDS
 from hf_lowrank.tasks.table import NAMES
@@ -87,7 +87,7 @@ def test_the_picture_shows_the_figures_of_the_study() -> None:
 
 
 FUNCTIONS = [name for name in hf_lowrank.__all__ if inspect.isfunction(getattr(hf_lowrank, name))]
-CLASSES = ["CompressionConfig", "CompressionReport", "LowRankLinear", "Statistics"]
+CLASSES = ["CompressionConfig", "CompressionReport", "LowRankLinear", "Pipeline", "Statistics"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS + CLASSES)

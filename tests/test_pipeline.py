@@ -7,10 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
-from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
+from hf_lowrank import CompressionConfig, LowRankError, Pipeline, compress, compute_statistics
 from hf_lowrank.folder.loading import load_model
 from hf_lowrank.folder.saving import read_record
-from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.tasks import get_task
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.training.evaluate import evaluate
@@ -82,7 +81,7 @@ def test_what_it_saves_scores_the_same_and_is_what_the_command_saves(
 
 def test_a_method_without_statistics_needs_no_training_rows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = loaded(place)
-    monkeypatch.setattr(pipeline, "_rows", lambda *args: pytest.fail("rows were read"))
+    monkeypatch.setattr(pipeline, "rows", lambda *args: pytest.fail("rows were read"))
     assert pipeline.compress(method="svd", rank_ratio=0.3).layers
 
 

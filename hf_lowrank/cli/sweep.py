@@ -61,7 +61,7 @@ class SweepOptions:
         over["values"] = tuple(float(value) if _is_number(value) else value for value in self.value)
         over["allocations"] = tuple(self.allocation) if self.allocation else None
         rest = {name: getattr(self, name) for name in ("epochs", "bf16", "align", "form")}
-        return SweepConfig(**over, **rest, **self.layers.patterns, **vars(self.calibration))
+        return SweepConfig(**over, **rest, **self.layers.patterns)
 
 
 @command("sweep")
@@ -72,10 +72,9 @@ def sweep_command(context: typer.Context, model: ModelArgument, given: SweepOpti
     """
     task, config = given.data.of_task(given.task), given.config()
 
-    from hf_lowrank.cli.facts import origin
     from hf_lowrank.cli.work import claim
-    from hf_lowrank.folder.loading import load_model
     from hf_lowrank.jobs.distributed import refuse_several
+    from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.studies.sweep import forget, sweep
     from hf_lowrank.studies.sweep_summary import write_summary
 
@@ -83,9 +82,8 @@ def sweep_command(context: typer.Context, model: ModelArgument, given: SweepOpti
     claim(context, given.output, model, given.data.data_dir)
     if given.overwrite:
         forget(given.output)
-    loaded, tokenizer = load_model(model, task)
-    source = origin(model, task, given.data.data_dir, config.seed)
-    records = sweep(loaded, tokenizer, task, given.data.data_dir, config, given.output, source)
+    pipeline = Pipeline.load(model, task, given.data.data_dir, **vars(given.calibration))
+    records = sweep(pipeline, config, given.output)
     table = write_summary(records, task, given.output)
     if given.as_json:
         return print_json({"records": records})

@@ -18,7 +18,6 @@ mechanism. It says nothing of how large the effect is on a real model. Of seeds 
 both others at the two lower ranks, and seed 1 has FWSVD behind SVD at the lowest; at half of the ranks all are level.
 """
 
-import copy
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,6 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -45,16 +43,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_lowrank.compression.compress import compress
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.saving import save_compressed
-from hf_lowrank.folder.scores import with_score
 from hf_lowrank.jobs.files import held, refuse_existing
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.statistics import Statistics, compute_statistics
-from hf_lowrank.tasks import TASKS, collator, described, encode
-from hf_lowrank.training.evaluate import evaluate_rows
+from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.statistics import Statistics
+from hf_lowrank.tasks import TASKS, collator, encode
 
 METHODS = ("svd", "fwsvd", "tfwsvd")
 RANK_RATIOS = (0.5, 0.33, 0.2)
@@ -68,7 +63,9 @@ ASPECTS = ("food", "room", "price", "staff", "view", "bed", "bath", "pool", "wif
 ASKED = ("room", "view")
 WORDS_PER_ASPECT, FILLERS = 20, 200
 NOISE = 0.5  # standard deviation of the raters' disagreement; that of a single word's worth is 1
-TASK = replace(TASKS["stsb"], name="demo", text=("question", "review"), label="rating", hub=("", None), max_length=32)
+TASK = replace(
+    TASKS["stsb"], name="demo", text=("question", "review"), label="rating", hub=("made-up rows", None), max_length=32
+)
 
 Worths = dict[str, dict[str, float]]
 
@@ -182,16 +179,14 @@ def _run(output: Path, seed: int, overwrite: bool) -> dict[str, Any]:
     )
     _train(model, tokenizer, pretraining, PRETRAINING_RATE, seed)
     _train(model, tokenizer, train, LEARNING_RATE, seed)
-    dense_score = evaluate_rows(model, tokenizer, TASK, validation)["score"]
-    loader = DataLoader(sample, batch_size=BATCH_SIZE, collate_fn=collator(TASK, tokenizer))
-    fisher = compute_statistics(model, loader, ["fisher", "fisher_rows"], origin={"model": "demo", "seed": seed})
-    runs, best = _compare(model, tokenizer, validation, fisher)
-    data = described([validation], TASK, None) | {"data": "made-up rows"}
-    facts: dict[str, Any] = {"task": TASK.name, **with_score({}, "dense", dense_score, data)}
-    facts |= with_score(facts, "compressed", best[0], data)
-    save_compressed(best[1], tokenizer, best[2], output, overwrite, base_model="demo", **facts)
-    loaded = AutoModelForSequenceClassification.from_pretrained(output)
-    if evaluate_rows(loaded, tokenizer, TASK, validation, progress=False)["score"] != best[0]:
+    pipeline = Pipeline(model, tokenizer, TASK, name="demo", seed=seed, samples=FISHER_ROWS, batch_size=BATCH_SIZE)
+    pipeline.validation, pipeline.calibration = [validation], pipeline.batches(sample, BATCH_SIZE)
+    dense_score = pipeline.score_dense()["score"]
+    runs, best = _compare(pipeline, pipeline.measure(["fisher", "fisher_rows"]))
+    best.save(output, overwrite)
+    loaded = replace(best, model=AutoModelForSequenceClassification.from_pretrained(output))
+    loaded.validation = [validation]
+    if loaded.score()["score"] != best.facts["score_compressed"]:
         raise LowRankError(f"{output} does not score what was measured before it was saved")
     dense = {"score": dense_score, "parameters": model.num_parameters()}
     return {"dense": dense, "runs": runs, "output": str(output), "seconds": time.perf_counter() - started}
@@ -265,21 +260,19 @@ class _Bar(TrainerCallback):
         self.shown.close()
 
 
-def _compare(
-    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, validation: Dataset, fisher: Statistics
-) -> tuple[list[dict[str, Any]], tuple[float, Any, Any]]:
-    """Every run's record, and the (score, model, report) of the best one: of equal scores, the smaller model."""
+def _compare(dense: Pipeline, fisher: Statistics) -> tuple[list[dict[str, Any]], Pipeline]:
+    """Every run's record, and the best one's pipeline: of equal scores, that of the smaller model."""
     runs, best = [], None
     with bar("compressing", len(METHODS) * len(RANK_RATIOS), "models") as shown:
         for ratio in RANK_RATIOS:
             for method in METHODS:
-                settings = CompressionConfig(method, ratio)
-                candidate, report = compress(copy.deepcopy(model), settings, fisher, progress=False)
-                score = evaluate_rows(candidate, tokenizer, TASK, validation, progress=False)["score"]
+                candidate = dense.candidate()
+                report = candidate.compress(CompressionConfig(method, ratio), fisher)
+                score = candidate.score_compressed()["score"]
                 parameters = report.parameters_after
                 runs.append({"method": method, "rank_ratio": ratio, "score": score, "parameters": parameters})
-                if best is None or score >= best[0]:
-                    best = score, candidate, report
+                if best is None or score >= best.facts["score_compressed"]:
+                    best = candidate
                 shown.update()
     assert best is not None
     return runs, best

@@ -1,25 +1,21 @@
 """A model and a task → the score, size, loss and time of every method × allocation × budget. Resumable."""
 
-import copy
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import ImpossibleBudget, Profile, get_allocation
-from hf_lowrank.compression.compress import checked_targets, compress
+from hf_lowrank.compression.compress import checked_targets
 from hf_lowrank.compression.config import CompressionConfig
-from hf_lowrank.compression.profiling import PROFILE_SAMPLES, mean_loss, profile_losses
+from hf_lowrank.compression.profiling import mean_loss
 from hf_lowrank.compression.solution import kept_report
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.claims import differences
@@ -28,15 +24,13 @@ from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
-from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.statistics import Statistics
 from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.studies.sweep_settings import SweepConfig
-from hf_lowrank.tasks import Task, collator, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader, data_digest
+from hf_lowrank.tasks.calibration import data_digest
 from hf_lowrank.tasks.data import content_digest
 from hf_lowrank.training.divergence import Reference
-from hf_lowrank.training.evaluate import predict_rows, score_predictions
-from hf_lowrank.training.finetune import finetune
 
 SETTINGS, RESULTS, STATISTICS = "sweep.json", "results.jsonl", "statistics"
 
@@ -46,15 +40,7 @@ LATENCY_ROWS, LATENCY_ROUNDS = 32, 5
 Record = dict[str, Any]
 
 
-def sweep(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    data_dir: Path | None,
-    config: SweepConfig,
-    folder: Path,
-    origin: dict[str, Any] | None = None,
-) -> list[Record]:
+def sweep(pipeline: Pipeline, config: SweepConfig, folder: Path) -> list[Record]:
     """Make and measure every model of the sweep; the first record is of the model as it is, dense or compressed before.
 
     Sizes and budgets are relative to the dense model, losses and times to the model as it is.
@@ -66,11 +52,10 @@ def sweep(
         LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
     """
     refuse_several("a sweep")
-    validation = load_validation(task, data_dir, tokenizer, model.config)
-    wanted = [None, *config.runs()]
+    model, wanted = pipeline.model, [None, *config.runs()]
     checked_targets(model, config.runs()[0])  # before anything is measured
     with held(folder), bar("sweep", len(wanted), "models") as shown:
-        bench = _Bench(model, tokenizer, task, data_dir, config, folder, origin or {}, validation)
+        bench = _Bench(pipeline, config, folder)
         done = {_key(record): record for record in read_results(folder)}
         for run in wanted:
             key = _run_key(run, model)
@@ -108,30 +93,18 @@ def read_results(folder: Path) -> list[Record]:
 
 
 class _Bench:
-    """What all models of a sweep share: the dense model, encoded data, statistics, and how they are measured."""
+    """What all models of a sweep share: the dense model's pipeline, statistics, and how they are measured."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task,
-        data_dir: Path | None,
-        config: SweepConfig,
-        folder: Path,
-        origin: dict[str, Any],
-        validation: Sequence[Dataset],
-    ) -> None:
-        self.model, self.tokenizer, self.task, self.data_dir = model, tokenizer, task, data_dir
-        self.config, self.folder, self.validation = config, folder, validation
-        self._claim(origin)
-        self.reference_outputs = Reference(model, tokenizer, task, validation)
-        self.statistics = {labels: self._statistics(origin, labels) for labels in map(config.labels_of, config.runs())}
-        rows = self.validation[0].select(range(min(LATENCY_ROWS, len(self.validation[0]))))
-        self.batch = next(iter(DataLoader(rows, batch_size=LATENCY_ROWS, collate_fn=collator(task, tokenizer))))
+    def __init__(self, pipeline: Pipeline, config: SweepConfig, folder: Path) -> None:
+        self.pipeline, self.model, self.config, self.folder = pipeline, pipeline.model, config, folder
+        self._claim()
+        self.reference_outputs = Reference(self.model, *pipeline.reading, pipeline.validation)
+        self.statistics = {labels: self._statistics(labels) for labels in map(pipeline.labels_for, config.runs())}
+        self.batch = next(iter(pipeline.batches(pipeline.validation[0], LATENCY_ROWS)))
 
     def reference(self) -> Record:
         """The record of the model as it is: dense, or compressed before and then called given."""
-        figures = self._measure(self.model) | {"calibration_loss": self._calibration_loss(self.model)}
+        figures = self.pipeline.score_and_loss() | {"calibration_loss": self._calibration_loss(self.model)}
         parameters = {"parameters": self.model.num_parameters(), "parameters_dense": dense_parameters(self.model)}
         layers = checked_targets(self.model, self.config.runs()[0])
         reports = [kept_report(target) for target in layers.values()]
@@ -147,10 +120,9 @@ class _Bench:
             "budget": run.budget.kind,
             "value": run.budget.value,
         }
-        started = time.perf_counter()
+        started, candidate = time.perf_counter(), self.pipeline.candidate()
         try:
-            profile = self._profile(run)
-            low_rank, report = compress(copy.deepcopy(self.model), run, self._of(run), progress=False, profile=profile)
+            report = candidate.compress(run, self._of(run), self._profile(run))
         except ImpossibleBudget as error:
             return named | {"impossible": str(error)}
         record = named | {
@@ -158,31 +130,21 @@ class _Bench:
             "targeted": report.targeted_after / report.targeted_before,
             "expected_loss": report.expected_loss,
             "seconds": time.perf_counter() - started,
-            **self._measure(low_rank),
-            "divergence": self.reference_outputs.divergence(low_rank, progress=False).to_dict(),
-            "labels": self.config.labels_of(run) if run.needs else None,
-            "calibration_loss": self._calibration_loss(low_rank),
-            "relative_latency": self._relative_latency(low_rank),
+            **candidate.score_and_loss(),
+            "divergence": self.reference_outputs.divergence(candidate.model, progress=False).to_dict(),
+            "labels": self.pipeline.labels_for(run) if run.needs else None,
+            "calibration_loss": self._calibration_loss(candidate.model),
+            "relative_latency": self._relative_latency(candidate.model),
             "ranks": {layer.name: layer.rank for layer in report.layers},
         }
         if self.config.epochs:
-            settings: Any = {"epochs": self.config.epochs, "bf16": self.config.bf16, "seed": self.config.seed}
-            facts = finetune(low_rank, self.tokenizer, self.task, self.data_dir, progress=False, **settings)
+            facts = candidate.finetune(epochs=self.config.epochs, bf16=self.config.bf16, seed=self.pipeline.seed)
             record |= {"score_finetuned": facts["score"], "finetuning_seconds": facts["seconds"]}
         return record
 
-    def _measure(self, model: PreTrainedModel) -> Record:
-        """Score and mean loss on the validation data; over several splits the mean."""
-        scores, losses = [], []
-        for rows in self.validation:
-            outputs = predict_rows(model, self.tokenizer, self.task, rows, progress=False)
-            scores.append(score_predictions(outputs, self.task, model.config)["score"])
-            losses.append(sum(outputs.losses) / len(outputs.losses))
-        return {"score": sum(scores) / len(scores), "loss": sum(losses) / len(losses)}
-
     def _calibration_loss(self, model: PreTrainedModel) -> float:
         """The mean loss on the samples that statistics are measured on: what `expected_loss` is about."""
-        return mean_loss(model, self._loader(self.config.samples))
+        return mean_loss(model, self.pipeline.rows(self.pipeline.samples))
 
     @torch.inference_mode()
     def _relative_latency(self, low_rank: PreTrainedModel) -> float:
@@ -200,18 +162,20 @@ class _Bench:
             ratios.append(seconds[1] / seconds[0])
         return median(ratios[1:])
 
-    def _claim(self, origin: dict[str, Any]) -> None:
+    def _claim(self) -> None:
         """Note what the folder's results are of, or raise where that is something else."""
-        fixed = ("epochs", "bf16", "samples", "seed", "include", "exclude", "align", "form", "labels")
-        rows = sys.maxsize if self.config.epochs else self.config.samples
+        fixed = ("epochs", "bf16", "include", "exclude", "align", "form")
+        rows, task = sys.maxsize if self.config.epochs else self.pipeline.samples, self.pipeline.reading[1]
         settings = {
-            "task": self.task.name,
-            "max_length": self.task.max_length,
-            **origin,
+            "task": task.name,
+            "max_length": task.max_length,
+            **self.pipeline.origin,
+            "samples": self.pipeline.samples,
             **{name: getattr(self.config, name) for name in fixed},
+            "labels": self.pipeline.labels,
             "model weights": model_digest(self.model),
-            "training data": data_digest(self._loader(rows)),
-            "validation data": content_digest(self.validation),
+            "training data": data_digest(self.pipeline.rows(rows)),
+            "validation data": content_digest(self.pipeline.validation),
         }
         path = self.folder / SETTINGS
         if not path.is_file():
@@ -225,39 +189,28 @@ class _Bench:
 
     def _of(self, run: CompressionConfig) -> Statistics | None:
         """The statistics for a run."""
-        return self.statistics[self.config.labels_of(run)]
+        return self.statistics[self.pipeline.labels_for(run)]
 
-    def _statistics(self, origin: dict[str, Any], labels: str) -> Statistics | None:
+    def _statistics(self, labels: str) -> Statistics | None:
         """What all methods of the sweep by these labels need, measured once and kept in the folder."""
-        runs = [run for run in self.config.runs() if self.config.labels_of(run) == labels]
+        runs = [run for run in self.config.runs() if self.pipeline.labels_for(run) == labels]
         needs = list(dict.fromkeys(need for run in runs for need in run.needs))
         path = self.folder / _folder_of(labels)
         saved = Statistics.load(path) if path.is_dir() else None
         if not needs or (saved is not None and all(saved.has(kind) for kind in needs)):
             return saved
-        measured = compute_statistics(
-            self.model,
-            self._loader(self.config.samples, labels),
-            [*needs, *(saved.kinds if saved else ())],
-            include=self.config.include,
-            exclude=self.config.exclude,
-            origin=origin,
-            labels=labels,
-        )
+        kinds = [*needs, *(saved.kinds if saved else ())]
+        measured = self.pipeline.measure(kinds, self.config.include, self.config.exclude, labels)
         measured.save(path, overwrite=True)
         return measured
 
     def _profile(self, run: CompressionConfig) -> Profile | None:
+        path = self.folder / f"profile-{run.method}.json"
         if get_allocation(run.allocation or "").losses != "profile":
             return None
-        path = self.folder / f"profile-{run.method}.json"
         if not path.is_file():
-            write_json(path, profile_losses(self.model, run, self._of(run), self._loader(PROFILE_SAMPLES)))
+            write_json(path, self.pipeline.profile(run, self._of(run)))
         return {name: {int(rank): loss for rank, loss in by_rank.items()} for name, by_rank in read_json(path).items()}
-
-    def _loader(self, samples: int, labels: str = "data") -> DataLoader:
-        rest = (self.data_dir, samples, self.config.batch_size, self.config.seed, labels)
-        return calibration_loader(self.model, self.tokenizer, self.task, *rest)
 
 
 def _folder_of(labels: str) -> str:

@@ -9,7 +9,6 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.settings import check_settings
 from hf_lowrank.solvers.family import COMPARED, get_method
-from hf_lowrank.statistics.names import LABELS
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,6 @@ class SweepConfig:
         allocations: names in `ALLOCATIONS`; None for each method's own.
         budget: a key of `BUDGETS`, `values` its values.
         epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
-        samples: training rows that statistics are measured on, chosen by `seed`.
-        labels: whose labels statistics are by, "data" or "model"; None for each method's own.
         include: as in `CompressionConfig`, of all models alike; so are `exclude`, `align` and `form`.
 
     Raises:
@@ -35,32 +32,20 @@ class SweepConfig:
     values: tuple[float | str, ...] = (0.5, 0.33, 0.2, 0.1)
     epochs: float = 0
     bf16: bool = False
-    samples: int = 512
-    seed: int = 0
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     align: int | None = None
     form: str = "factors"
-    batch_size: int = 16
-    labels: str | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
         if not self.methods or not self.values or self.allocations == ():
             raise LowRankError("a sweep needs one method, one value and, where they are given, one allocation at least")
-        if not 0 <= self.epochs < math.inf or self.samples < 1:
-            raise LowRankError(
-                f"epochs must be at least 0 and samples at least 1; they are {self.epochs} and {self.samples}"
-            )
+        if not 0 <= self.epochs < math.inf:
+            raise LowRankError(f"epochs must be at least 0; they are {self.epochs}")
         if self.budget not in BUDGETS:
             raise LowRankError(f"unknown budget {self.budget!r}; there are {', '.join(BUDGETS)}")
-        if self.labels not in (None, *LABELS):
-            raise LowRankError(f"unknown labels {self.labels!r}; there are {', '.join(LABELS)}")
         self.runs()
-
-    def labels_of(self, run: CompressionConfig) -> str:
-        """Whose labels the statistics for a run are by."""
-        return self.labels or get_method(run.method).labels
 
     def runs(self) -> list[CompressionConfig]:
         """Every compression of the sweep, in order."""

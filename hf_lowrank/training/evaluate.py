@@ -76,6 +76,20 @@ def evaluate_rows(
     return score_predictions(predict_rows(model, tokenizer, task, rows, batch_size, progress), task, model.config)
 
 
+def score_and_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    validation: Sequence[Dataset],
+    progress: bool = True,
+) -> dict[str, float]:
+    """The `score`, and the mean `loss` of the rows, of splits that are encoded already; of several splits the means."""
+    outputs = [predict_rows(model, tokenizer, task, rows, progress=progress) for rows in validation]
+    scores = [score_predictions(found, task, model.config)["score"] for found in outputs]
+    losses = [sum(found.losses) / len(found.losses) for found in outputs]
+    return {"score": sum(scores) / len(scores), "loss": sum(losses) / len(losses)}
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model says of every row, beside the truth, and the loss of the row.

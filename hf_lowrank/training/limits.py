@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.tasks import Task
-from hf_lowrank.training.evaluate import evaluate_splits, predict_rows
+from hf_lowrank.training.evaluate import score_and_loss
 
 
 @dataclass(frozen=True)
@@ -29,40 +29,28 @@ class Limit:
         return f"{self.name} {self.worst:.4g}"
 
 
-def score_limit(
+def limit_for(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     validation: Sequence[Dataset],
-    keep_score: float,
+    keep_score: float | None = None,
+    max_loss_increase: float | None = None,
 ) -> Limit:
-    """The share `keep_score` of the score that `model` has on the encoded splits.
+    """The share `keep_score` of the score that `model` has on the encoded splits, or else its mean loss and more.
 
     Raises:
-        LowRankError: that score is not above 0, so that it has no shares.
+        LowRankError: the score is not above 0, so that it has no shares.
     """
+    name = "loss" if keep_score is None else "score"
 
-    def score(candidate: PreTrainedModel) -> float:
-        return evaluate_splits(candidate, tokenizer, task, validation, progress=False)["score"]
+    def measure(candidate: PreTrainedModel) -> float:
+        return score_and_loss(candidate, tokenizer, task, validation, progress=False)[name]
 
-    dense = agreed(score(model))
+    dense = agreed(measure(model))
+    if keep_score is None:
+        return Limit(name, measure, dense + (max_loss_increase or 0.0), lower_is_better=True)
     if not dense > 0:
         raise LowRankError(f"the dense model scores {dense:.4g}, of which there is no share: use max_loss_increase")
     worst = dense / keep_score if task.lower_is_better else dense * keep_score
-    return Limit("score", score, worst, task.lower_is_better)
-
-
-def loss_limit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    validation: Sequence[Dataset],
-    increase: float,
-) -> Limit:
-    """The mean loss of `model` over the rows of each of the encoded splits, and `increase` more."""
-
-    def loss(candidate: PreTrainedModel) -> float:
-        outputs = [predict_rows(candidate, tokenizer, task, rows, progress=False) for rows in validation]
-        return sum(sum(found.losses) / len(found.losses) for found in outputs) / len(outputs)
-
-    return Limit("loss", loss, agreed(loss(model)) + increase, lower_is_better=True)
+    return Limit(name, measure, worst, task.lower_is_better)

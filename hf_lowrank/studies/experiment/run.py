@@ -1,37 +1,32 @@
 """A plan → fine-tune → statistics → compress → evaluate → fine-tune → evaluate, what is done already being skipped."""
 
-import copy
 import shutil
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from hf_lowrank.compression.compress import compress
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import card_facts
 from hf_lowrank.folder.facts import versions
-from hf_lowrank.folder.loading import load_for_finetuning, load_model
+from hf_lowrank.folder.loading import load_for_finetuning
 from hf_lowrank.folder.saving import save_model
 from hf_lowrank.folder.scores import with_score
 from hf_lowrank.jobs.distributed import held_for_all
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.statistics import Statistics
 from hf_lowrank.studies.experiment.plan import Dense, Run, plan_of
 from hf_lowrank.studies.experiment.recipe import Recipe, Settings, TaskChoice, compression_config
 from hf_lowrank.studies.experiment.store import Record, Store
 from hf_lowrank.studies.experiment.tables import write_tables
-from hf_lowrank.tasks import Task, described, get_task, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks import Task, get_task
 from hf_lowrank.training.distillation import Distillation
-from hf_lowrank.training.evaluate import evaluate_splits
-from hf_lowrank.training.finetune import finetune
 
 Say = Callable[[str], None]
 
@@ -149,8 +144,8 @@ class _Group:
 
     # --- the dense model ---
 
-    def _dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Dataset], Record]:
-        """The fine-tuned model, as it was saved, its validation data and its record."""
+    def _dense(self) -> tuple[Pipeline, Record]:
+        """The fine-tuned model, as it was saved, and its record."""
         record = self.store.get(self.dense.name, self.dense.settings)
         folder = self.output / "work" / "dense" / self.dense.name
         name = self.dense.model.name if self.dense.finetune is None else str(folder)
@@ -158,36 +153,30 @@ class _Group:
             facts: Record = {}
         elif record is None or not folder.is_dir():
             facts = self._finetuned_dense(folder)
-        model, tokenizer = load_model(name, self.task)
-        validation = load_validation(self.task, self.data, tokenizer, model.config)
-        self.scored_on = described(validation, self.task, self.data)
+        pipeline = Pipeline.load(name, self.task, self.data, seed=self.dense.seed)
+        pipeline.name, self.scored_on = self.dense.model.title, pipeline.scored_on
         if record is None:
-            metrics = evaluate_splits(model, tokenizer, self.task, validation)
-            record = self._add(self.dense.name, self.dense.settings, {**facts, **_figures(model, metrics)})
-        return model, tokenizer, validation, record
+            record = self._add(self.dense.name, self.dense.settings, {**facts, **_figures(pipeline)})
+        return pipeline, record
 
     def _finetuned_dense(self, folder: Path) -> Record:
         """Fine-tune the model of the recipe and save it in `folder`."""
         wanted = self.dense.model
         model, tokenizer, fresh = load_for_finetuning(wanted.name, self.task, self.dense.seed, wanted.layers)
-        facts = self._train(self.dense.name, model, tokenizer, self.dense.finetune or {})
+        facts = self._train(
+            self.dense.name, Pipeline(model, tokenizer, self.task, self.data), self.dense.finetune or {}
+        )
         if PartialState().is_main_process:
             save_model(model, tokenizer, folder, overwrite=True)
         PartialState().wait_for_everyone()
         return {"finetuning": facts, "new_parameters": fresh}
 
-    def _train(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
-    ) -> Record:
+    def _train(self, name: str, pipeline: Pipeline, settings: Settings) -> Record:
         """Fine-tune in place, going on from checkpoints of an interrupted run."""
         checkpoints = self.output / "work" / "checkpoints" / name
         weights = settings.get("distillation")
-        facts = finetune(
-            model,
-            tokenizer,
-            self.task,
-            self.data,
-            distillation=Distillation(self.base[0], **weights) if weights is not None else None,
+        facts = pipeline.finetune(
+            distillation=Distillation(self.base[0].model, **weights) if weights is not None else None,
             checkpoints=checkpoints,
             resume=True,
             score=False,
@@ -203,25 +192,28 @@ class _Group:
 
     def _compressed(self, run: Run) -> None:
         """Compress, score, and fine-tune and score again; of what has a record, only what the next step needs."""
-        dense, tokenizer, validation, base = self.base
+        pipeline, base = self.base
         statistics = self._statistics(run)
-        model, report = compress(copy.deepcopy(dense), compression_config(run.method, run.budget), statistics)
-        facts: Record = {"base_model": self.dense.model.title, "task": self.task.name, "data": self._data_name()}
-        facts |= {**card_facts(model), **facts, "seed": self.dense.seed}
+        candidate = pipeline.candidate(progress=True)
+        report = candidate.compress(compression_config(run.method, run.budget), statistics)
+        facts: Record = {"base_model": pipeline.name, "task": self.task.name, "data": pipeline.origin["data"]}
+        facts |= {**card_facts(candidate.model), **facts, "seed": self.dense.seed}
         facts |= with_score(facts, "dense", base["score"], self.scored_on)
         record = self.store.get(run.name, run.settings)
         if record is None:
-            metrics = evaluate_splits(model, tokenizer, self.task, validation)
-            whole = {**facts, **with_score(facts, "compressed", metrics["score"], self.scored_on), **report.to_dict()}
-            record = self._add(run.name, run.settings, {**_figures(model, metrics), "compression": whole})
+            figures = _figures(candidate)
+            whole = {**facts, **with_score(facts, "compressed", figures["score"], self.scored_on), **report.to_dict()}
+            record = self._add(run.name, run.settings, {**figures, "compression": whole})
         whole = record["compression"]
         if run.finetune is not None and self.store.get(run.finetuned_name, run.finetuned_settings) is None:
-            training = self._train(run.finetuned_name, model, tokenizer, run.finetune)
-            metrics = evaluate_splits(model, tokenizer, self.task, validation)
-            whole |= {**with_score(whole, "finetuned", metrics["score"], self.scored_on), "finetuning": training}
-            self._add(run.finetuned_name, run.finetuned_settings, {**_figures(model, metrics), "compression": whole})
+            training = self._train(run.finetuned_name, candidate, run.finetune)
+            figures = _figures(candidate)
+            whole |= {**with_score(whole, "finetuned", figures["score"], self.scored_on), "finetuning": training}
+            self._add(run.finetuned_name, run.finetuned_settings, {**figures, "compression": whole})
         if self.keep_models and PartialState().is_main_process:
-            save_model(model, tokenizer, self.output / "models" / run.name, overwrite=True, record=whole)
+            save_model(
+                candidate.model, candidate.tokenizer, self.output / "models" / run.name, overwrite=True, record=whole
+            )
 
     def _statistics(self, run: Run) -> Statistics | None:
         """All that the runs of this model on the same layers need, measured once; kept for the next time."""
@@ -234,30 +226,19 @@ class _Group:
             return None
         samples = run.statistics["samples"]
         folder = self.output / "work" / "statistics" / run.statistics_name
-        model, tokenizer = self.base[:2]
+        pipeline = replace(self.base[0], **run.statistics)
         if (folder / "statistics.json").is_file():
             kept = Statistics.load(folder)
-            if _fits(kept, model, needs, include, exclude, samples):
+            if _fits(kept, pipeline.model, needs, include, exclude, samples):
                 return kept
         started = time.perf_counter()
-        loader = calibration_loader(model, tokenizer, self.task, self.data, **run.statistics, seed=self.dense.seed)
-        origin: Record = {
-            "model": self.dense.model.title,
-            "task": self.task.name,
-            "data": self._data_name(),
-            "split": "train",
-        }
-        origin |= {"seed": self.dense.seed, "samples": samples}
-        measured = compute_statistics(model, loader, needs, include=include, exclude=exclude, origin=origin)
+        measured = pipeline.measure(needs, include, exclude, samples=samples)
         if PartialState().is_main_process:
             folder.parent.mkdir(parents=True, exist_ok=True)
             measured.save(folder, overwrite=True)
         PartialState().wait_for_everyone()
         self.say(f"statistics ({', '.join(needs)}) in {time.perf_counter() - started:.0f} s")
         return measured
-
-    def _data_name(self) -> str:
-        return self.task.hub[0] if self.data is None else self.data.resolve().name
 
     def _add(self, name: str, settings: Settings, facts: Record) -> Record:
         record = self.store.add(name, settings, {**facts, "scored_on": self.scored_on, "versions": versions()})
@@ -267,8 +248,9 @@ class _Group:
         return record
 
 
-def _figures(model: PreTrainedModel, metrics: dict[str, float]) -> Record:
-    return {"score": metrics["score"], "metrics": metrics, "parameters": model.num_parameters()}
+def _figures(pipeline: Pipeline) -> Record:
+    metrics = pipeline.score()
+    return {"score": metrics["score"], "metrics": metrics, "parameters": pipeline.model.num_parameters()}
 
 
 def _fits(kept: Statistics, model: PreTrainedModel, needs: list[str], include: Any, exclude: Any, samples: int) -> bool:
