@@ -18,6 +18,7 @@ from benchmarks import (
     coverage,
     experts,
     fisher,
+    gauge,
     house,
     labels,
     layer,
@@ -53,6 +54,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "coverage": coverage.run,
     "convolutions": convolutions.run,
     "experts": experts.run,
+    "gauge": gauge.run,
     "house": house.run,
     "labels": labels.run,
     "mutation": mutation.run,
@@ -82,6 +84,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
   experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
+  gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
   house          the rooms of the library, and the arrows between them                     seconds
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 

@@ -77,14 +77,17 @@ class Rounded:
         return self.codes * self.grid.spread(self.scales, self.codes.shape[1])
 
 
-def round_to_nearest(weight: Tensor, grid: Grid) -> Rounded:
-    """Every entry of a weight [out, in] by itself."""
-    codes = (weight / grid.steps(weight)).round().clamp(-grid.top, grid.top)
-    return Rounded(codes.to(torch.int8), grid.scales(weight), grid)
+def round_to_nearest(weight: Tensor, grid: Grid, scales: Tensor | None = None) -> Rounded:
+    """Every entry of a weight [out, in] by itself, with the scales of the grid or others [out, groups]."""
+    scales = grid.scales(weight) if scales is None else scales
+    codes = (weight / grid.spread(scales, weight.shape[1])).round().clamp(-grid.top, grid.top)
+    return Rounded(codes.to(torch.int8), scales, grid)
 
 
 @torch.no_grad()
-def round_with_moments(weight: Tensor, outputs: Tensor, inputs: Tensor, grid: Grid) -> Rounded:
+def round_with_moments(
+    weight: Tensor, outputs: Tensor, inputs: Tensor, grid: Grid, scales: Tensor | None = None
+) -> Rounded:
     """Every entry of a weight [out, in] so that it makes up for those before it, under an error tr Δᵀ G Δ A.
 
     Scales are those of `round_to_nearest`, and the largest entry, which decides a scale, keeps its code: rounding the
@@ -96,11 +99,13 @@ def round_with_moments(weight: Tensor, outputs: Tensor, inputs: Tensor, grid: Gr
         outputs: G [out, out], or its diagonal [out] if that is all there is. It must be positive.
         inputs: A [in, in], or its diagonal [in].
         grid: bits, and what shares a scale.
+        scales: other ones [out, groups], as a quantizer's own rule gives them; no entry keeps its code then.
     """
-    nearest = round_to_nearest(weight, grid)
+    nearest = round_to_nearest(weight, grid, scales)
     values, steps = weight.double(), grid.spread(nearest.scales, weight.shape[1]).double()
     codes = nearest.codes.double()
-    kept = weight.abs() >= grid.spread(grid.largest(weight), weight.shape[1])
+    decides = weight.abs() >= grid.spread(grid.largest(weight), weight.shape[1])
+    kept = decides if scales is None else torch.zeros_like(decides)
     across, along = (unit_upper(moment.to(values.device))[0] for moment in (outputs, inputs))
     change, made = torch.zeros_like(values), torch.zeros_like(values)  # Δ, and Δ X
     for rows, columns in _wavefronts(weight.shape, coupled=across is not None):

@@ -180,6 +180,19 @@ def test_zero_weights_and_bad_grids() -> None:
             Grid(*arguments)
 
 
+@pytest.mark.parametrize("grid", [Grid(4), Grid(4, 16)])
+def test_other_scales_are_kept(grid: Grid) -> None:
+    scaled, weight = sides(), torch.randn(OUT, IN, dtype=torch.float64)
+    scales = 0.8 * grid.scales(weight)
+    rounded, nearest = (
+        round_with_moments(weight, *moments(scaled), grid, scales),
+        round_to_nearest(weight, grid, scales),
+    )
+    assert torch.equal(rounded.scales, scales)
+    assert torch.equal(round_to_nearest(rounded.weight(), grid, scales).codes, rounded.codes)
+    assert scaled.error(rounded.weight() - weight) < 0.9 * scaled.error(nearest.weight() - weight)
+
+
 def test_methods_without_moments_round_too() -> None:
     factors = Factors(torch.randn(OUT, RANK), torch.randn(RANK, IN))
     up, down = round_factors(factors, Scaled(Scaling(), Scaling()), Grid(8))
