@@ -109,8 +109,8 @@ class Client:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipes and waits for it
+            self._process.kill()
 
     def run(self, code: str, **env: str | None) -> Reply:
         """Run Python code with changed environment variables (None: unset)."""
