@@ -29,7 +29,7 @@ from hf_lowrank.statistics.collect import _Part, _Pass
 from hf_lowrank.statistics.hooks import measuring
 from hf_lowrank.statistics.kinds import active_tokens, add_activation_moment, completed
 from hf_lowrank.statistics.labels import Labels, labels_of
-from hf_lowrank.statistics.patches import geometry, patches
+from hf_lowrank.statistics.patches import geometry, patches, reading
 from hf_lowrank.statistics.shared import InputSums
 
 Side = Literal["dense", "low rank"]
@@ -135,20 +135,20 @@ def _observed(model: PreTrainedModel, targets: Mapping[str, Target], batch: Batc
     kept: list[Tensor] = []  # so that none makes room for another in its place
     readers: dict[Hashable, list[str]] = {}
 
-    def reached(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def reached(target: Target, args: tuple[Any, ...]) -> None:
         x = args[0]
-        calls[name] += 1
+        calls[target.name] += 1
         kept.append(x)
         number = numbers.setdefault(x, len(numbers))
-        reading = geometry(module) if is_convolution(module) else None
-        readers.setdefault((_block_of(name, entries), number, x._version, reading), []).append(name)
+        cut = geometry(reading(target.module)) if target.kind == "convolution" else None
+        readers.setdefault((_block_of(target.name, entries), number, x._version, cut), []).append(target.name)
 
     def entered(name: str, args: tuple[Any, ...]) -> None:
         blocks.setdefault(name)
 
     with ExitStack() as hooks:
-        for name, module in ((name, target.module) for name, target in targets.items()):
-            hooks.enter_context(_before(module, partial(reached, name, module)))
+        for target in targets.values():
+            hooks.enter_context(_before(target.module, partial(reached, target)))
         for name in entries:
             hooks.enter_context(_before(model.get_submodule(name), partial(entered, name)))
         _forward(model, batch)
@@ -364,8 +364,7 @@ def _list_of(block: str) -> str:
 def _rows(module: nn.Module, x: Tensor, active: Tensor) -> Tensor:
     """The active rows [rows, in] of what a layer reads."""
     if is_convolution(module):
-        conv = getattr(module, "down", module)
-        x, _ = patches(conv, x, x.new_zeros(len(x), 1, 1))
+        x, _ = patches(reading(module), x, x.new_zeros(len(x), 1, 1))
     rows = x.reshape(-1, x.shape[-1]).float()
     return rows.index_select(0, active.to(x.device).flatten().nonzero()[:, 0])
 
