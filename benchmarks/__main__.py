@@ -27,6 +27,8 @@ from benchmarks import (
     model_speed,
     mutation,
     profile_compress,
+    quantized,
+    residual,
     scaling,
     sequential,
     startup,
@@ -50,6 +52,8 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "calibration": calibration.run,
     "attention": attention.run,
     "sequential": sequential.run,
+    "bytes": quantized.run,
+    "residual": residual.run,
     "convergence": convergence.run,
     "coverage": coverage.run,
     "convolutions": convolutions.run,
@@ -60,7 +64,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "mutation": mutation.run,
 }
 
-NEED_MODEL = ("attention", "calibration", "labels", "profile", "sequential")
+NEED_MODEL = ("attention", "bytes", "calibration", "labels", "profile", "residual", "sequential")
 BY_NAME = ("mutation",)  # too long to be run along with the others
 
 DESCRIPTION = """\
@@ -80,6 +84,8 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
   sequential     factors behind the compressed prefix against one-shot ones; needs --model about 15 minutes for MiniLM
+  bytes          score by bytes and speed, low rank with int8 and int4; needs --model      about 10 minutes for MiniLM
+  residual       low rank as what rounding lost, at equal bytes; needs --model             about 6 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
@@ -187,7 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
-        "--model", help="calibration, labels, profile, and convergence: a real model, a folder or a name on the Hub"
+        "--model",
+        help="bytes, calibration, labels, profile, residual, convergence: a real model, a folder or a name on the Hub",
     )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

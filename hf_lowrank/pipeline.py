@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,10 +18,14 @@ from hf_lowrank.compression.compress import CompressionConfig, check_possible, c
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.compression.search import search_smallest
+from hf_lowrank.compression.stored import with_embeddings
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.facts import public_name, versions
 from hf_lowrank.folder.loading import load_as_saved, load_model, load_trained, stored_dtype
+from hf_lowrank.folder.quantize import quantize_
+from hf_lowrank.folder.quantizers import Quantization
+from hf_lowrank.folder.quantizers import described as described_quantization
 from hf_lowrank.folder.reading import read_config
 from hf_lowrank.folder.saving import add_facts, save_compressed
 from hf_lowrank.folder.scores import with_divergence, with_score
@@ -190,6 +195,14 @@ class Pipeline:
         other.model, other.facts, other.progress = copy.deepcopy(self.model), {**self.facts}, progress
         return other
 
+    def settled(self, config: CompressionConfig) -> CompressionConfig:
+        """The config with what depends on the model: a budget in bytes counts the input embedding too.
+
+        Args:
+            config: how to compress.
+        """
+        return with_embeddings(self.model, config)
+
     def check(self, config: CompressionConfig) -> None:
         """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
 
@@ -332,7 +345,7 @@ class Pipeline:
         """
         if config is not None and settings:
             raise LowRankError(f"give a config or settings, not both: {', '.join(settings)}")
-        config = config or CompressionConfig(**settings)
+        config = self.settled(config or CompressionConfig(**settings))
         measured = statistics or self.statistics(config)
         profile = profile or self.profile(config, measured)
         rest: Any = {"work": self.work, "profile": profile, "batches": self._rows_again(config, measured)}
@@ -453,21 +466,31 @@ class Pipeline:
         """
         return finetune(self.model, *self.reading, self.data_dir, progress=self.progress, **options)
 
-    def save(self, folder: str | Path, overwrite: bool = False, **facts: Any) -> None:
+    def save(
+        self, folder: str | Path, overwrite: bool = False, quantization: Quantization | None = None, **facts: Any
+    ) -> None:
         """Write model, tokenizer, record and card into a new folder, all of it or nothing; `facts` join the record.
 
         Args:
             folder: a new one.
             overwrite: replace it, should it exist.
+            quantization: rounds the model's weights and stores few bits; a budget in bytes does it anyway.
             facts: plain values that join the record.
 
         Raises:
-            LowRankError: nothing was compressed yet; the folder exists and `overwrite` is off.
+            LowRankError: nothing was compressed yet; the folder exists and `overwrite` is off; as `quantize_`.
         """
         if self.report is None:
             raise LowRankError("there is nothing to save yet: call compress first")
         if self.work is not None:
             self.work.mark_saving()
+        if quantization is None and self.report.bits:
+            quantization = Quantization()
+        if quantization is not None:
+            if self.dtype is not None:
+                nn.Module.to(self.model, self.dtype)  # scales are kept in it
+            quantize_(self.model, quantization, self.report.bits)
+            facts["quantization"] = described_quantization(quantization)
         known = self._known() | self.facts | facts
         self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
         save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)

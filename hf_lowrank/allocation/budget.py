@@ -14,10 +14,12 @@ BUDGETS = {
     "keep": "share to keep of the targeted layers' parameters, those that no sample reached apart",
     "keep_model": "share of the whole model's parameters to keep",
     "params": "parameters of the whole compressed model, such as 66.5M",
+    "bytes": "bytes of the whole compressed model's weights, each layer's in 8 or 4 bits, such as 12MB",
     "flops": "floating-point operations of one token through the targeted layers, every use counted, such as 28M",
     "latency": "share of the targeted layers' time to keep, measured on this machine",
 }
 
+COUNTED = ("params", "bytes", "flops")  # in numbers, not in shares
 PER_USE = ("flops", "latency")  # budgets of what layers do, not of what they are
 
 
@@ -41,7 +43,7 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        share = self.kind not in ("params", "flops")
+        share = self.kind not in COUNTED
         if not (0 < self.value < math.inf and (self.value <= 1 or not share)):
             bounds = "in (0, 1]" if share else "a positive number"
             raise LowRankError(f"{self.kind} must be {bounds}, {BUDGETS[self.kind]}; it is {self.value}")
@@ -118,5 +120,23 @@ def parse_count(text: Any) -> float:
         raise LowRankError(f"{text!r} is not a count such as 66500000, 66.5M or 7B") from None
 
 
+def parse_bytes(text: Any) -> float:
+    """A number with an optional KB, MB or GB, which are powers of 1000.
+
+    >>> parse_bytes("12MB")
+    12000000.0
+
+    Raises:
+        LowRankError: it is something else.
+    """
+    if isinstance(text, (int, float)):
+        return text
+    number = str(text).strip().upper().removesuffix("B")
+    try:
+        return float(number.rstrip("KMG")) * {"K": 1e3, "M": 1e6, "G": 1e9}.get(number[-1:], 1)
+    except ValueError:
+        raise LowRankError(f"{text!r} is no number of bytes such as 12000000, 12MB or 1.5GB") from None
+
+
 def _readable(budget: Budget, value: float) -> str:
-    return f"{value:,.0f}" if budget.kind in ("params", "flops") else f"{value:.4f}"
+    return f"{value:,.0f}" if budget.kind in COUNTED else f"{value:.4f}"

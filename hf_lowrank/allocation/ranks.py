@@ -92,7 +92,7 @@ def check_budget(
         ImpossibleBudget: the message gives the possible range.
         LowRankError: the budget is for another form.
     """
-    if budget.kind != "latency":  # that takes a measurement itself
+    if budget.kind not in ("latency", "bytes"):  # those take measurements themselves
         _limited(layers, model_parameters, budget, spread, form, saved)
 
 

@@ -3,7 +3,7 @@
 # ruff: noqa: I001  # commands appear in --help in this order
 from hf_lowrank.cli.app import app, main
 from hf_lowrank.cli import demo, analyze, sweep, compress, heal, finetune, experiment, evaluate, inspect, verify, bench
-from hf_lowrank.cli import densify, card, push, export, statistics, methods
+from hf_lowrank.cli import quantize, densify, card, push, export, statistics, methods
 
 __all__ = [
     "analyze",
@@ -22,6 +22,7 @@ __all__ = [
     "main",
     "methods",
     "push",
+    "quantize",
     "statistics",
     "sweep",
     "verify",

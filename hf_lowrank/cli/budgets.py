@@ -26,6 +26,7 @@ class BudgetOptions:
     keep: Annotated[float | None, _budget("keep")] = None
     keep_model: Annotated[float | None, _budget("keep_model")] = None
     params: Annotated[str | None, _budget("params")] = None
+    bytes: Annotated[str | None, _budget("bytes")] = None
     flops: Annotated[str | None, _budget("flops")] = None
     latency: Annotated[float | None, _budget("latency")] = None
 

@@ -24,6 +24,7 @@ from hf_lowrank.cli.options import (
 )
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.quantizers import Quantization
 from hf_lowrank.tasks.table import NAMES
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class CompressOptions:
     search: SearchOptions
     spread: SpreadOptions
     factors: FactorOptions
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Store its weights in 8 or 4 bits, by compressed-tensors; see 'hf-lowrank quantize'."),
+    ] = None
     data: DataOrTexts
     calibration: StatisticsCalibration
     statistics: Annotated[Path | None, typer.Option(help="Use statistics saved by 'hf-lowrank statistics'.")] = None
@@ -79,6 +84,20 @@ class CompressOptions:
         groups = vars(self.budgets) | vars(self.spread) | vars(self.factors)
         return CompressionConfig(self.method, **self.layers.patterns, **groups)
 
+    def quantization(self) -> Quantization | None:
+        """How its weights are stored, where that is not as they are.
+
+        Raises:
+            LowRankError: unknown bits, or the library is not installed.
+        """
+        if self.bits is None and self.budgets.bytes is None:
+            return None
+        if self.bits is not None and self.budgets.bytes is not None:
+            raise LowRankError("--bytes chooses the bits of every layer; leave --bits out")
+        quantization = Quantization(self.bits or 8)
+        quantization.check_here()
+        return quantization
+
     def chosen_task(self, config: CompressionConfig) -> "Task | None":
         """The task to measure on.
 
@@ -107,11 +126,11 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
 
     Without labelled data: hf-lowrank compress ./bert-stsb --texts texts.txt --output ./bert-stsb-lowrank
 
-    Budgets: --rank-ratio, --keep, --keep-model, --params, --flops or --latency says how small; --keep-score or
+    Budgets: --rank-ratio, --keep, --keep-model, --params, --bytes, --flops or --latency says how small; --keep-score or
     --max-loss-increase searches for the smallest model that is still good enough.
     """
     started = time.perf_counter()
-    config = given.config()
+    config, quantization = given.config(), given.quantization()
     task = given.chosen_task(config)
     refuse_taken(given.output, given.job.overwrite or given.job.resume)
 
@@ -128,7 +147,7 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     pipeline = _compressed(model, task, config, given)
     if not PartialState().is_main_process:
         return
-    pipeline.save(given.output, replace)
+    pipeline.save(given.output, replace, quantization)
     if given.score:
         if pipeline.task is not None and pipeline.task.has_labels:
             pipeline.score_saved(given.output)
@@ -149,6 +168,7 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
 
     memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
+    config = pipeline.settled(config)
     pipeline.labels = pipeline.labels_for(config)
     pipeline.check(config)
     if given.heal:

@@ -14,6 +14,7 @@ from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.sequential import behind_each_other, check_sequential
 from hf_lowrank.compression.solution import LayerSolver, kept_report
+from hf_lowrank.compression.stored import choose_stored
 from hf_lowrank.compression.uses import layers_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
@@ -83,7 +84,15 @@ def compress(
         rest: Any = (config.budget, config.spread, spectrum, profile, config.form, before - now, latency)
         return allocate(layers, before, *rest)
 
-    decided = _decided(decide, work)
+    bits: dict[str, int] = {}
+    if config.budget.kind == "bytes":
+        weighed = {name: target for name, target in targets.items() if name not in left}
+        stored = _decided(
+            lambda: {n: asdict(s) for n, s in choose_stored(model, solver, config, weighed).items()}, work
+        )
+        decided, bits = ({name: stored[name][what] for name in stored} for what in ("rank", "bits"))
+    else:
+        decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
     chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
     prefix = None
@@ -103,7 +112,7 @@ def compress(
     others = {name: layer for name, layer in factorized_layers(model).items() if name not in layers}
     rest = tuple(kept_report(Target.of(name, layer)) for name, layer in others.items())
     report = CompressionReport(
-        asdict(config), before, model.num_parameters(), seconds, ordered, described, earlier, untouched=rest
+        asdict(config), before, model.num_parameters(), seconds, ordered, described, earlier, untouched=rest, bits=bits
     )
     model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
     return model, report
@@ -234,7 +243,7 @@ def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> 
     return spectrum
 
 
-def _decided(decide: Callable[[], Ranks], work: Work | None) -> Ranks:
+def _decided(decide: Callable[[], Any], work: Work | None) -> Any:
     """The main process's ranks on all of them: a latency that each measured itself would differ."""
     if work is not None:
         return work.decided("ranks", decide)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hf_lowrank.allocation.budget import BUDGETS, Budget, parse_count
+from hf_lowrank.allocation.budget import BUDGETS, Budget, parse_bytes, parse_count
 from hf_lowrank.allocation.costs import PLAIN_ONLY
 from hf_lowrank.allocation.rules import get_allocation
 from hf_lowrank.allocation.spread import Spread, check_bounds
@@ -19,8 +19,8 @@ FORM_NAMES = ("factors", "interpolative")  # of `hf_lowrank.nn.layers_lowrank.FO
 class CompressionConfig:
     """How to compress: a method (see `METHODS`), one budget, how it is spread over layers, and which layers.
 
-    The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `flops` and `latency` (see `BUDGETS`); without
-    any, a rank ratio of 0.33.
+    The budget is one of `rank_ratio`, `keep`, `keep_model`, `params`, `bytes`, `flops` and `latency` (see `BUDGETS`);
+    without any, a rank ratio of 0.33.
 
     Args:
         method: what is minimised, a name in `METHODS`.
@@ -31,6 +31,7 @@ class CompressionConfig:
         keep: share of the targeted layers' parameters.
         keep_model: share of the whole model's parameters.
         params: parameters of the whole compressed model, a number or such as "66.5M".
+        bytes: of the whole compressed model's weights, each layer's in 8 or 4 bits, a number or such as "12MB".
         flops: floating-point operations of one token through the targeted layers.
         latency: share of the targeted layers' time, measured on this machine.
         align: ranks are multiples of it; None for 8 where that is faster.
@@ -54,6 +55,7 @@ class CompressionConfig:
     keep: float | None = None
     keep_model: float | None = None
     params: float | str | None = None
+    bytes: float | str | None = None
     flops: float | str | None = None
     latency: float | None = None
     align: int | None = None
@@ -87,6 +89,9 @@ class CompressionConfig:
         if self.budget.kind == "latency" and self.form != FORM_NAMES[0]:
             raise LowRankError(PLAIN_ONLY)
         check_bounds(self.align, self.floor, self.cap)
+        spread = (self.form, self.allocation, self.floor, self.cap)
+        if self.bytes is not None and spread != (FORM_NAMES[0], "greedy", 0.0, None):
+            raise LowRankError("a budget in bytes is spread greedily over plain factors, without floor and cap")
 
     @property
     def budget(self) -> Budget:
@@ -99,7 +104,7 @@ class CompressionConfig:
         if len(given) > 1:
             raise LowRankError(f"give one budget, not {len(given)}: {', '.join(given)}")
         ((kind, value),) = given.items()
-        return Budget(kind, parse_count(value))
+        return Budget(kind, parse_bytes(value) if kind == "bytes" else parse_count(value))
 
     @property
     def spread(self) -> Spread:

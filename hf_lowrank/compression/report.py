@@ -58,6 +58,7 @@ class CompressionReport:
         statistics: over how many samples they were, and of what; empty where the method needs none.
         earlier: what is known of the compressions before this one, the first one first.
         untouched: the layers that those factorized and this one did not target.
+        bits: of a weight, for each layer, where a budget in bytes chose them.
     """
 
     settings: dict[str, Any]
@@ -68,6 +69,7 @@ class CompressionReport:
     statistics: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[dict[str, Any], ...] = ()
     untouched: tuple[LayerReport, ...] = ()
+    bits: dict[str, int] = field(default_factory=dict)
 
     @property
     def targeted_before(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_lowrank.allocation import parameters
 from hf_lowrank.compression.report import LayerReport
+from hf_lowrank.compression.rounded import RoundedLoss
 from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
@@ -53,6 +54,15 @@ class LayerSolver:
         if rank is not None:
             spectrum[rank:] = 0  # but for rounding
         return spectrum
+
+    @torch.no_grad()
+    def rounded_loss(self, name: str) -> RoundedLoss:
+        """What a layer loses that is kept in few bits, at every rank."""
+        weight = self._weight(name)
+        objective = self._objective(name, weight.device)
+        unit = (self._loss_per_error(name, objective) or 1.0) / 2
+        sides = objective.two_sided(), self.rounding_sides(name, weight.device)
+        return RoundedLoss.of(weight, *sides, unit, self.targets[name].kind == "embedding")
 
     @torch.no_grad()
     def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:

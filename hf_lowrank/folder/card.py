@@ -16,7 +16,7 @@ from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.facts import public_name, versions
-from hf_lowrank.folder.scores import KINDS, comparable, last_score, left_out
+from hf_lowrank.folder.scores import KINDS, WORDS, comparable, last_score, left_out
 from hf_lowrank.jobs.files import write_text
 from hf_lowrank.nn.auto_lowrank import auto_class_of
 from hf_lowrank.nn.publishing_lowrank import CARD, PICTURE, card_name
@@ -225,7 +225,13 @@ def _eval_results(record: Record) -> list[EvalResult] | None:
 
 
 def _columns(record: Record) -> list[str]:
-    return ["dense", "compressed", *(["fine-tuned"] if "score_finetuned" in record else [])]
+    return [WORDS[kind] for kind in _kinds(record)]
+
+
+def _kinds(record: Record) -> list[str]:
+    """Of `KINDS`, those that have a column."""
+    later = {"finetuned": "score_finetuned" in record, "quantized": "unquantized_bytes" in record}
+    return [kind for kind in KINDS if later.get(kind, True)]
 
 
 def _rows(record: Record) -> list[list[str]]:
@@ -235,25 +241,34 @@ def _rows(record: Record) -> list[list[str]]:
     base, latency = record.get("base", {}), record.get("latency", {})
     before, after = record["parameters_before"], record["parameters_after"]
     size = record.get("weights_bytes")
-    last = last_score(record) or ""
+    floats = record.get("unquantized_bytes", size)
+    last, kinds = last_score(record) or "", _kinds(record)
     scores = {kind: record.get(f"score_{kind}") if comparable(record, kind, last) else None for kind in KINDS}
+    counts = {"dense": f"{before:,}", "compressed": f"{after:,} ({after / before:.1%})"}
+    sizes = {"dense": base.get("weights_bytes"), "quantized": size}
     rows = [
-        [metric, *(_number(scores[kind], "{:.2f}") for kind in KINDS)],
-        *_divergences(record),
-        ["parameters", f"{before:,}", f"{after:,} ({after / before:.1%})", f"{after:,}"],
-        ["weights on disk (MB)", *(_number(value, "{:.1f}", 1e6) for value in (base.get("weights_bytes"), size, size))],
-        ["latency (ms)", *(_number(latency.get(kind), "{:.3g}") for kind in ("dense", "compressed", "compressed"))],
+        [metric, *(_number(scores[kind], "{:.2f}") for kind in kinds)],
+        *_divergences(record, kinds),
+        ["parameters", *(counts.get(kind, f"{after:,}") for kind in kinds)],
+        ["weights on disk (MB)", *(_number(sizes.get(kind, floats), "{:.1f}", 1e6) for kind in kinds)],
+        ["latency (ms)", *(_number(_latency(latency, kind), "{:.3g}") for kind in kinds)],
     ]
-    return [row[: 1 + len(_columns(record))] for row in rows if any(row[1:])]
+    return [row for row in rows if any(row[1:])]
 
 
-def _divergences(record: Record) -> list[list[str]]:
+def _latency(latency: Record, kind: str) -> float | None:
+    """Fine-tuning leaves it as it is; that of a quantized model is not known from it."""
+    found: float | None = latency.get("compressed" if kind == "finetuned" else kind)
+    return found
+
+
+def _divergences(record: Record, kinds: list[str]) -> list[list[str]]:
     """How far predictions are from the dense model's, where that was measured."""
     known: dict[str, Record] = record.get("divergence", {})
     measures = dict.fromkeys(each["measure"] for each in known.values())
     texts = {kind: f"{each['mean']:.4g} ± {each['standard_error']:.2g}" for kind, each in known.items()}
     return [
-        [measure, *(texts[kind] if kind in known and known[kind]["measure"] == measure else "" for kind in KINDS)]
+        [measure, *(texts[kind] if kind in known and known[kind]["measure"] == measure else "" for kind in kinds)]
         for measure in measures
     ]
 

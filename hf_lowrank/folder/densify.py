@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.reading import load_low_rank
+from hf_lowrank.folder.reading import load_low_rank, refuse_quantized
 from hf_lowrank.jobs.files import atomic_folder, held, refuse_existing
 from hf_lowrank.model.dense import dense_layer, refuse_wrapped_factors
 from hf_lowrank.model.weightless import weightless
@@ -66,6 +66,7 @@ def densify_folder(folder: str | Path, output: str | Path, overwrite: bool = Fal
         raise LowRankError(f"there is no folder {folder}; a model on the Hub is downloaded with: hf download {folder}")
     with held(output):
         refuse_existing(Path(output), overwrite)
+        refuse_quantized(folder)
         model = densify(load_low_rank(folder))
         with atomic_folder(output, overwrite) as whole:
             _copy_other_files(folder, whole)

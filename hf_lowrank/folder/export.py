@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.onnx_runtime import OnnxModel
-from hf_lowrank.folder.reading import load_own
+from hf_lowrank.folder.reading import load_own, refuse_quantized
 from hf_lowrank.jobs.files import flush, held, scratch_name
 from hf_lowrank.nn.experts_lowrank import UnstackedExperts
 
@@ -66,6 +66,7 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
 
 
 def _exported(folder: str | Path, output: Path) -> float:
+    refuse_quantized(folder)
     model = load_own(folder, torch.float32)
     if model.config.is_encoder_decoder:
         raise LowRankError(

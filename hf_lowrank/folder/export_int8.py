@@ -54,7 +54,7 @@ def export_int8(
     with held(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=scratch_name(output).name) as scratch:
         exact, rounded = Path(scratch) / "float32.onnx", Path(scratch) / f"int8{output.suffix}"
         export_onnx(folder, exact)
-        _quantize(exact, rounded, reduce_range)
+        quantize_onnx(exact, rounded, reduce_range)
         compared = _compared(folder, exact, rounded, score)
         exact.unlink()
         flush(Path(scratch))
@@ -62,7 +62,8 @@ def export_int8(
     return compared
 
 
-def _quantize(source: Path, target: Path, reduce_range: bool) -> None:
+def quantize_onnx(source: Path, target: Path, reduce_range: bool = False) -> None:
+    """The graph in `source` in int8 (see `export_int8`), written to `target`."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _without_advice():

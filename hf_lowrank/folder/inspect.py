@@ -12,6 +12,7 @@ from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.reading import low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
+from hf_lowrank.folder.scores import WORDS
 from hf_lowrank.model.layer_names import is_expert_layer, kind_of, place_of
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.model.weightless import weightless
@@ -91,7 +92,7 @@ def summary(facts: Mapping[str, Any]) -> str:
         f"{len(ranks) - dense} layers factorized, {dense} dense",
     ]
     if record := facts["record"]:
-        lines += [*map(described, record.get("earlier", ())), _origin(record), *_scores(record)]
+        lines += [*map(described, record.get("earlier", ())), _origin(record), *_quantization(record), *_scores(record)]
     return "\n".join(lines)
 
 
@@ -103,8 +104,13 @@ def _origin(record: Mapping[str, Any]) -> str:
     return f"made from {base}{task} by {settings['method']}, {budget}, ranks {settings['allocation']}"
 
 
+def _quantization(record: Mapping[str, Any]) -> list[str]:
+    how = record.get("quantization")
+    return [f"quantized to {how['bits']} bits, {how['scheme']}, by {how['library']} {how['version']}"] if how else []
+
+
 def _scores(record: Mapping[str, Any]) -> list[str]:
-    kinds = {"dense": "dense", "given": "given", "compressed": "compressed", "finetuned": "fine-tuned"}
+    kinds = {"dense": "dense", "given": "given", **WORDS}
     measured = {name: record.get(f"score_{kind}") for kind, name in kinds.items()}
     scores = [f"{name} {score:.2f}" for name, score in measured.items() if score is not None]
     return [f"score: {', '.join(scores)}"] if scores else []

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
+from hf_lowrank.folder.packing import unpack
 from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.jobs.progress import say_once
@@ -73,6 +74,7 @@ def load_trained(name: str, task: Task) -> PreTrainedModel:
     saved_as = (model.config.architectures or [type(model).__name__])[0]
     if saved_as.removeprefix("LowRank") != type(model).__name__.removeprefix("LowRank"):
         raise LowRankError(f"{name} is a {saved_as}, which is not a model for {task.name}")
+    unpack(model)
     return model.to(device)
 
 
@@ -89,6 +91,10 @@ def load_for_finetuning(
     """
     folder = resolve(name)
     config = _readable_config(folder, task)
+    if getattr(config, "quantization_config", None):
+        raise LowRankError(
+            f"{name} is quantized, and rounded weights are not trained: fine-tune it before, or an adapter"
+        )
     tokenizer = load_tokenizer(folder)
     _cut(config, layers)
     kept = len(task.label_names) == config.num_labels  # else there is a new head, of the task's own labels

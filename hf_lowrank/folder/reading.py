@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_lowrank.nn.modeling_lowrank as modeling
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.packing import unpack
 from hf_lowrank.model.locating import refuse_missing
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
@@ -63,6 +64,20 @@ def read_config(folder: str | Path) -> Any:
         raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
 
 
+def refuse_quantized(folder: str | Path) -> None:
+    """Raise where the model in a folder has few bits already.
+
+    Raises:
+        LowRankError: it says by what it was quantized.
+    """
+    known = getattr(read_config(folder), "quantization_config", None)
+    if known:
+        method = known.get("quant_method") if isinstance(known, dict) else known.quant_method
+        raise LowRankError(
+            f"{folder} is quantized already, by {getattr(method, 'value', method)}: start from the model it was made of"
+        )
+
+
 def own_class(config: Any) -> Any:
     """The model class that a config names in `architectures`, dense or low-rank.
 
@@ -89,18 +104,23 @@ def load_own(folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTraine
     return load_whole(own_class(read_config(folder)), folder, dtype)
 
 
-def load_whole(model_class: Any, folder: str | Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """`model_class.from_pretrained(folder)`, without a single weight that the checkpoint does not have.
+def load_whole(
+    model_class: Any, folder: str | Path, dtype: torch.dtype | str = "auto", **options: Any
+) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder, **options)`, without a single weight that the checkpoint does not have.
 
     Raises:
         LowRankError: the checkpoint cannot be read, lacks weights of the model or, if low-rank, holds others.
     """
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, safetensors its own
         raise LowRankError(f"{folder} cannot be loaded: {error}") from error
     bad = ("missing", "mismatched", *(("unexpected",) if issubclass(model_class, LowRankMixin) else ()))
     for what in bad:
         if keys := sorted(map(str, info[f"{what}_keys"])):
             raise LowRankError(f"{folder} has {what} weights: {', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}")
+    unpack(model)
     return model.eval()

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-KINDS = ("dense", "compressed", "finetuned")  # in the order of a model's life
-WORDS = {"dense": "dense", "compressed": "compressed", "finetuned": "fine-tuned"}
+KINDS = ("dense", "compressed", "finetuned", "quantized")  # in the order of a model's life
+WORDS = {"dense": "dense", "compressed": "compressed", "finetuned": "fine-tuned", "quantized": "quantized"}
 
 Record = dict[str, Any]
 

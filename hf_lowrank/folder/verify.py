@@ -23,6 +23,7 @@ PASS, FAIL, SKIP, INFO = "PASS", "FAIL", "SKIP", "INFO"  # the last one is measu
 # Largest difference of outputs, relative to their norm: between processors and library versions, not between models.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_PRECISION_TOLERANCE = 0.05
+LATER = {"finetuning": "fine-tuned", "quantization": "quantized"}  # keys of a record
 LAYER_TOLERANCE = 1e-3  # of a layer's relative error, which is measured on the stored factors
 
 
@@ -85,11 +86,16 @@ def _files(folder: Path, record: dict[str, Any]) -> Check:
 
 
 def _finite(model: PreTrainedModel) -> Check:
-    bad = {name: int((~torch.isfinite(weight)).sum()) for name, weight in model.named_parameters()}
+    bad = {name: int((~torch.isfinite(_plain(weight))).sum()) for name, weight in model.named_parameters()}
     for name, count in bad.items():
         if count:
             return Check("finite", FAIL, f"{name}: {count} of its weights are not finite")
     return Check("finite", PASS, f"{len(bad)} tensors")
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """A weight as numbers, where a quantizer made it something else."""
+    return weight if type(weight) in (Tensor, nn.Parameter) else weight.dequantize()
 
 
 def _output(model: PreTrainedModel, record: dict[str, Any]) -> Check:
@@ -108,7 +114,7 @@ def _output(model: PreTrainedModel, record: dict[str, Any]) -> Check:
 
 def _against(model: LowRankMixin, dense: PreTrainedModel, record: dict[str, Any]) -> Iterator[Check]:
     """Comparisons with the dense model."""
-    fine_tuned = "finetuning" in record
+    changed = [how for key, how in LATER.items() if key in record]
     low_rank = model.factorized_layers()
     unstack_experts(dense, low_rank)
     misfit = next((problem for name in low_rank if (problem := _misfit(name, low_rank[name], dense))), None)
@@ -118,9 +124,9 @@ def _against(model: LowRankMixin, dense: PreTrainedModel, record: dict[str, Any]
     saved = dense.num_parameters() - model.num_parameters()
     share = f"{model.num_parameters():,} of {dense.num_parameters():,} parameters"
     yield Check("smaller", PASS if saved > 0 else FAIL, share)
-    if fine_tuned:
-        yield Check("other weights unchanged", SKIP, "the model was fine-tuned after compression")
-        yield Check("layers' errors as recorded", SKIP, "the model was fine-tuned after compression")
+    if changed:
+        yield Check("other weights unchanged", SKIP, f"the model was {changed[0]} after compression")
+        yield Check("layers' errors as recorded", SKIP, f"the model was {changed[0]} after compression")
     else:
         yield _unchanged(model, dense)
         yield _layer_errors(low_rank, dense, record)

@@ -574,7 +574,8 @@ def initialize_factors(layer: LowRankLayer, std: float) -> None:
     if isinstance(layer, InterpolativeLinear):
         stds = [std, layer.rank**-0.5]  # `up` holds columns of the product
     for factor, factor_std in zip(layer.linear_factors(), stds, strict=True):
-        if not isinstance(factor, _FACTOR_CLASSES) or not factor.weight.is_floating_point():
+        weight = getattr(factor, "weight", None)  # none in packed factors
+        if not isinstance(factor, _FACTOR_CLASSES) or weight is None or not weight.is_floating_point():
             continue  # quantized: it has been loaded
         if factor.weight.numel():
             init.normal_(factor.weight, std=factor_std)

@@ -137,6 +137,7 @@ class LowRankMixin(_ModelBase):
         for module in self.modules():
             if isinstance(module, UnstackedExperts):
                 own_memory(module)  # safetensors stores no views
+        _pack_again(self)
         self.config.auto_map = auto_map_of(type(self), self.config)
         # The base architecture's conversions are for dense weights, and some would take factors for them.
         kwargs["save_original_format"] = False
@@ -189,6 +190,9 @@ class LowRankMixin(_ModelBase):
         layers = [module for module in self.modules() if isinstance(module, LowRankLayer)]
         for layer in layers:
             initialize_factors(layer, std=getattr(self.config, "initializer_range", None) or 0.02)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not hasattr(module, "weight"):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # packed by a quantizer: it was loaded
         with _lent_biases(layers):
             super().initialize_weights()
 
@@ -229,6 +233,23 @@ class LowRankMixin(_ModelBase):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return cls.base_model_class._can_set_experts_implementation()
+
+
+def _pack_again(model: Any) -> None:
+    """Pack the weights of a model in the format of compressed-tensors that a forward pass has widened.
+
+    In float32, as half precision is not exact enough to find the numbers that were rounded to.
+    """
+    compressor = getattr(model, "packed_by", None) or getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is None:
+        return
+    dtype = model.dtype
+    rounded = [module for module in model.modules() if hasattr(module, "quantization_scheme")]
+    for module in rounded:
+        module.float()
+    compressor.compress_model(model, skip_compressed=True)
+    for module in rounded:
+        module.to(dtype)
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""A model, its statistics and a budget in bytes → the rank and the bits of every layer that together lose least."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lowrank.allocation import get_allocation
+from hf_lowrank.allocation.budget import ImpossibleBudget
+from hf_lowrank.allocation.choices import cheapest, dearest
+from hf_lowrank.allocation.stored import Packed, Stored, byte_choices
+from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.solution import LayerSolver
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.packable import packable
+from hf_lowrank.model.targets import Target, find_targets
+
+HEADER = 120  # bytes that a file says of a tensor
+OTHERS = 8  # bits of layers that are not targeted
+
+
+def with_embeddings(model: PreTrainedModel, config: CompressionConfig) -> CompressionConfig:
+    """The config with patterns for the layers of the blocks and the input embedding, where bytes count and it has none.
+
+    An embedding that shares its weights with a head is left out.
+    """
+    if config.budget.kind != "bytes" or config.include is not None:
+        return config
+    blocks = dict.fromkeys(re.sub(r"\.\d+\..*", ".*", name) for name in find_targets(model))
+    layers = packable(model)
+    embedding = [name for name, layer in layers.items() if layer is model.get_input_embeddings()]
+    return replace(config, include=(*blocks, *embedding))
+
+
+def choose_stored(
+    model: PreTrainedModel, solver: LayerSolver, config: CompressionConfig, weighed: Mapping[str, Target]
+) -> dict[str, Stored]:
+    """How every layer of `weighed` is kept.
+
+    Raises:
+        LowRankError: a layer is of a kind that is not packed, or was factorized before.
+        ImpossibleBudget: no ranks and bits meet the budget, or nothing would be factorized; it gives the range.
+    """
+    layers, scale_bytes = packable(model), model.dtype.itemsize
+    choices, meanings = {}, {}
+    for name, target in weighed.items():
+        _refuse_others(target)
+        weight: Any = target.module.weight
+        dense = None if name in layers else weight.nbytes
+        packed = Packed(target.shape, target.kind == "embedding", scale_bytes, dense)
+        loss, ranks = solver.rounded_loss(name), config.spread.ranks(target.shape)
+        choices[name], meanings[name] = byte_choices(packed, ranks, loss)
+    others = _other_bytes(model, weighed)
+    least, most = others + cheapest(choices), others + dearest(choices)
+    if not least <= config.budget.value <= most:
+        raise ImpossibleBudget(
+            f"bytes {config.budget.value:,.0f} cannot be met: it must be between {least / 1e6:.2f}MB (the smallest "
+            f"ranks in 4 bits) and {most / 1e6:.2f}MB (all layers dense in 8 bits)"
+        )
+    chosen = get_allocation("greedy").decide(choices, config.budget.value - others)
+    return {name: meanings[name][index] for name, index in chosen.items()}
+
+
+def _refuse_others(target: Target) -> None:
+    if target.kind not in ("linear", "embedding") or target.rank is not None:
+        what = f"is a layer of the kind {target.kind}" if target.rank is None else "was factorized before"
+        raise LowRankError(
+            f"{target.name} {what}, and a budget in bytes is for dense linear layers and embeddings: exclude it, or "
+            "give another budget and --bits"
+        )
+
+
+def _other_bytes(model: PreTrainedModel, weighed: Mapping[str, Target]) -> float:
+    """Of all that is not the weight of a weighed layer: biases, norms, layers that are not targeted, headers."""
+    rounded = {id(layer.weight): layer for layer in packable(model).values()}
+    left = {id(target.module.weight) for target in weighed.values()}
+    total = 2 * (3 * HEADER + 16) * len(weighed)
+    for parameter in model.parameters():
+        layer = rounded.get(id(parameter))
+        if id(parameter) in left:
+            continue
+        if layer is None:
+            total += parameter.nbytes + HEADER
+        else:
+            shape = torch.Size(layer.weight.shape)
+            total += Packed((shape[0], shape[1]), False, parameter.itemsize).bytes(Stored(None, OTHERS)) + 3 * HEADER
+    return total

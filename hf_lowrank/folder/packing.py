@@ -1,0 +1,126 @@
+"""A model and how each of its layers is to be rounded → the same model in the format of compressed-tensors."""
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_lowrank.allocation.stored import group_of
+
+SHRINKS = torch.linspace(1.0, 0.6, 17)  # ranges that are tried, as shares of the largest weight's
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a layer's weight [out, in] is rounded: to how many bits, and with one scale for how many weights of a row.
+
+    `group` None is one scale for the row. `activations` are rounded too, to 8 bits with a scale for each token.
+    """
+
+    bits: int
+    group: int | None = None
+    activations: bool = False
+
+
+def rounding_for(layer: nn.Linear | nn.Embedding, bits: int, activations: bool = False) -> Rounding:
+    """The finest that engines read: rows of 8 bits; of 4, groups of `GROUP` where the rows divide into them."""
+    return Rounding(bits, group_of(layer.weight.shape[1], bits), activations and not isinstance(layer, nn.Embedding))
+
+
+def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding]) -> None:
+    """Round the weights of nn.Linear and nn.Embedding layers, by name, in place; saving the model stores them packed.
+
+    A forward pass widens them again, to the rounded values in the model's dtype.
+    """
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import apply_quantization_config
+    from transformers import CompressedTensorsConfig
+
+    config = quantization_config(model, roundings)
+    with _quiet(), torch.no_grad():
+        apply_quantization_config(model, config)
+        for name, rounding in roundings.items():
+            layer: Any = model.get_submodule(name)
+            layer.weight_scale.copy_(scales(layer.weight, rounding.bits, rounding.group))
+        compressor = ModelCompressor(config)
+        compressor.compress_model(model)
+        vars(model)["packed_by"] = compressor  # for saving after a forward pass
+    model.config.quantization_config = CompressedTensorsConfig(**config.model_dump())
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Widen the weights of a model that was loaded packed, now and not at the first forward pass; others stay."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None and hasattr(model, "ct_decompress_hook"):
+        with _quiet():
+            compressor.decompress_model(model)
+
+
+def _quiet() -> Any:
+    """Within the block the library's progress bars are not seen."""
+    return redirect_stderr(io.StringIO())
+
+
+def quantization_config(model: nn.Module, roundings: Mapping[str, Rounding]) -> Any:
+    """compressed-tensors' own config: the most frequent rounding of each class by the class, others by name."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+    groups: dict[str, Any] = {}
+    for kind in (nn.Linear, nn.Embedding):
+        names = {name: r for name, r in roundings.items() if isinstance(model.get_submodule(name), kind)}
+        for place, (rounding, _) in enumerate(Counter(names.values()).most_common()):
+            targets = [kind.__name__] if place == 0 else [name for name, own in names.items() if own == rounding]
+            groups[f"{kind.__name__.lower()}_{place}"] = QuantizationScheme(targets=targets, **_scheme(kind, rounding))
+    known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)))
+    left = [name for name in known if name not in roundings]
+    return QuantizationConfig(config_groups=groups, ignore=left, format=_format([*groups.values()]))
+
+
+def _scheme(kind: type[nn.Module], rounding: Rounding) -> dict[str, Any]:
+    """Embeddings of 8 bits stay an integer `weight`: transformers initializes none that has another name."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    strategy = "channel" if rounding.group is None else "group"
+    weights = QuantizationArgs(num_bits=rounding.bits, strategy=strategy, group_size=rounding.group)
+    inputs = QuantizationArgs(num_bits=8, strategy="token", dynamic=True) if rounding.activations else None
+    whole = rounding.activations or (kind is nn.Embedding and rounding.bits == 8)
+    return {
+        "weights": weights,
+        "input_activations": inputs,
+        "format": "int-quantized" if whole else "pack-quantized",
+    }
+
+
+def _format(schemes: list[Any]) -> str:
+    formats = {scheme.format for scheme in schemes}
+    return formats.pop() if len(formats) == 1 else "mixed-precision"
+
+
+def scales(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """The scale [out, groups] of each group of a weight [out, in] at which rounding it loses least, of `SHRINKS`.
+
+    Symmetric: whole numbers from -2^(bits-1) to 2^(bits-1) - 1 times the scale.
+    """
+    rows = weight.float().unflatten(1, (-1, group or weight.shape[1]))
+    top = 2 ** (bits - 1)
+    widest = rows.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny) / (top - 0.5)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for shrink in SHRINKS.tolist():
+        scale = widest * shrink
+        error = (rows - (rows / scale).round().clamp(-top, top - 1) * scale).square().sum(2, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best.squeeze(2).to(weight.dtype)
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """The values that a weight [out, in] has after rounding to its `scales`, in groups by `group_of`."""
+    group, top = group_of(weight.shape[1], bits), 2 ** (bits - 1)
+    scale = scales(weight, bits, group)[..., None]
+    whole = (weight.unflatten(1, (-1, group or weight.shape[1])) / scale).round().clamp(-top, top - 1)
+    return (whole * scale).flatten(1)

@@ -1,0 +1,124 @@
+"""A folder with a model, compressed or dense → one with its weights in few bits, by a library that loads it."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.card import weights_bytes
+from hf_lowrank.folder.packing import Rounding, pack, rounding_for
+from hf_lowrank.folder.quantizers import Quantization, described
+from hf_lowrank.folder.reading import load_own, load_whole, own_class, read_config, refuse_quantized
+from hf_lowrank.folder.saving import read_record, save_model
+from hf_lowrank.folder.tokenizers import load_tokenizer
+from hf_lowrank.model.packable import packable
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+
+FACTORS = ("", ".up", ".down", ".down.rest")  # where the weights of a layer are, dense or factorized
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came of it: the bytes of the weights before and after, and how many layers have few bits."""
+
+    bytes_before: int
+    bytes_after: int
+    layers: int
+
+
+def quantize_folder(
+    source: str | Path,
+    output: str | Path,
+    quantization: Quantization | None = None,
+    overwrite: bool = False,
+) -> Quantized:
+    """Write the model in `source` to `output` with its linear layers, factors among them, and embeddings in few bits.
+
+    Layers outside of the model's body (heads), those that share their weights with another, and those of kinds that
+    the library does not know stay as they are. `from_pretrained` loads the result as it does the source, where the
+    library that quantized it is installed.
+
+    Args:
+        source: of the model.
+        output: a folder, written whole or not at all.
+        quantization: how; 8 bits, weight-only, by compressed-tensors unless given.
+        overwrite: whether `output` may be replaced.
+
+    Raises:
+        LowRankError: the model is quantized already, cannot be read, or has nothing to quantize; the library is not
+            installed or cannot run on this machine.
+    """
+    quantization = quantization or Quantization()
+    quantization.check_here()
+    refuse_quantized(source)
+    model, layers = _quantized(source, quantization)
+    record, before = read_record(source), weights_bytes(Path(source))
+    if record is not None:
+        record |= {"quantization": described(quantization), "unquantized_bytes": before}
+    save_model(model, _tokenizer(source), output, overwrite, record=record)
+    return Quantized(before, weights_bytes(Path(output)), layers)
+
+
+def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    with suppress(LowRankError):
+        return load_tokenizer(str(folder))
+    return None
+
+
+def _quantized(source: str | Path, quantization: Quantization) -> tuple[Any, int]:
+    """The quantized model and how many of its layers are."""
+    dtype = getattr(torch, quantization.dtype) if quantization.dtype else "auto"
+    model = load_own(source, dtype)
+    if quantization.quantizer.config is None:
+        return model, quantize_(model, quantization)
+    layers = quantizable(model, quantization)
+    left = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in layers]
+    config = quantization.quantizer.config(quantization.bits, quantization.scheme, left)
+    return load_whole(own_class(read_config(source)), source, dtype, quantization_config=config), len(layers)
+
+
+def quantize_(model: PreTrainedModel, quantization: Quantization, bits: Mapping[str, int] | None = None) -> int:
+    """Round a model's weights in place, by the library that needs no loading; saving it stores few bits.
+
+    `bits` are those of single layers by name, the factors of which have as many; all others are as `quantization` says.
+
+    Returns:
+        How many layers were rounded.
+
+    Raises:
+        LowRankError: as `quantizable`; a dense model's embeddings are to get 4 bits.
+    """
+    if quantization.of_embeddings == 4 and not isinstance(model, LowRankMixin):
+        raise LowRankError(
+            f"transformers cannot load a dense {type(model).__name__} with embeddings of 4 bits: give them 8"
+        )
+    layers = quantizable(model, quantization)
+    own = {f"{name}{factor}": few for name, few in (bits or {}).items() for factor in FACTORS}
+    roundings = {name: _rounding(layer, quantization) for name, layer in layers.items()}
+    roundings |= {name: rounding_for(layers[name], few) for name, few in own.items() if name in layers}
+    pack(model, roundings)
+    return len(layers)
+
+
+def _rounding(layer: nn.Linear | nn.Embedding, quantization: Quantization) -> Rounding:
+    bits = quantization.of_embeddings if isinstance(layer, nn.Embedding) else quantization.bits
+    return rounding_for(layer, bits, quantization.scheme == "dynamic")
+
+
+def quantizable(model: PreTrainedModel, quantization: Quantization) -> dict[str, nn.Linear | nn.Embedding]:
+    """The layers that are quantized, by name: of those that are `packable`, without embeddings where they stay.
+
+    Raises:
+        LowRankError: there are none.
+    """
+    embeddings = quantization.of_embeddings
+    kept = {name: layer for name, layer in packable(model).items() if embeddings or type(layer) is nn.Linear}
+    if not kept:
+        raise LowRankError(f"{type(model).__name__} has no linear layers in its body that could be quantized")
+    return kept

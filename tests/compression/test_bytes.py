@@ -1,0 +1,98 @@
+"""A budget in bytes: ranks and bits of every layer and of the embedding, in a file of that size."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
+from hf_lowrank.allocation.stored import Stored
+from hf_lowrank.compression.rounded import RoundedLoss
+from hf_lowrank.compression.stored import with_embeddings
+from hf_lowrank.folder.packing import rounded
+from hf_lowrank.folder.quantize import quantize_
+from hf_lowrank.folder.quantizers import QUANTIZERS, Quantization
+from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.gauge import flat
+from hf_lowrank.solvers.scaled import Scaled, whitening
+from tests.helpers import factorize, tiny_bert, tiny_llama, token_ids
+
+HAS_QUANTIZERS = find_spec(QUANTIZERS["compressed-tensors"].package) is not None
+
+
+def moment(size: int) -> torch.Tensor:
+    """A second moment of quickly falling eigenvalues."""
+    mixed = torch.randn(size, size, dtype=torch.float64) * (torch.arange(size) + 1.0) ** -0.5
+    return mixed @ mixed.T / size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_the_expected_loss_is_what_rounding_brings_about(bits: int, rank: int, lookup: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 128, dtype=torch.float64)
+    inputs = torch.rand(128, dtype=torch.float64) if lookup else moment(128)
+    sides = Scaled(whitening(moment(96), 1e-2), whitening(inputs, 1e-3))
+    expected = RoundedLoss.of(weight, sides, sides, 1.0, lookup)
+    factors = flat(sides.factorize(weight, rank), sides)
+    truncated = sides.error(weight - factors.up @ factors.down)
+    torch.testing.assert_close(expected.tails[rank], truncated, rtol=1e-6, atol=1e-9)
+    down = rounded(factors.down.T.contiguous(), bits).T if lookup else rounded(factors.down, bits)
+    few = Factors(factors.up if lookup else rounded(factors.up, bits), down)
+    noise = float(sides.error(few.up @ few.down - factors.up @ factors.down))
+    ratio = (expected(Stored(rank, bits)) - float(truncated)) / noise
+    assert 0.4 < ratio < 2.2
+    dense = rounded(weight.T.contiguous(), bits).T if lookup else rounded(weight, bits)
+    assert 0.6 < expected(Stored(None, bits)) / float(sides.error(dense - weight)) < 1.6
+
+
+def wide_bert() -> Any:
+    """Large enough for more than headers."""
+    return tiny_bert(vocab_size=2000, hidden_size=64, intermediate_size=128, num_attention_heads=2)
+
+
+def small(model: Any, budget: float | str) -> tuple[Any, Any]:
+    """The model within the budget, embedding included, and the report."""
+    config = with_embeddings(model, CompressionConfig(bytes=budget))
+    batches = [{"input_ids": token_ids(seed), "labels": torch.tensor([0, 1, 0])} for seed in range(6)]
+    statistics = compute_statistics(model, batches, config.needs, include=config.include, progress=False)
+    return compress(model, config, statistics, progress=False)
+
+
+@pytest.mark.skipif(not HAS_QUANTIZERS, reason="compressed-tensors is not installed")
+@pytest.mark.parametrize("budget", [120_000, 180_000, 250_000])
+def test_the_file_has_the_bytes_that_were_asked_for(budget: int, tmp_path: Path) -> None:
+    model, report = small(wide_bert(), budget)
+    assert "bert.embeddings.word_embeddings" in report.bits
+    assert set(report.bits.values()) <= {4, 8}
+    quantize_(model, Quantization(), report.bits)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert 0.85 * budget < size <= budget
+
+
+def test_more_bytes_lose_less() -> None:
+    losses = []
+    for budget in (120_000, 180_000, 250_000):
+        _, report = small(wide_bert(), budget)
+        losses.append((report.expected_loss, -sum(report.bits.values())))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_what_is_possible_is_said_where_a_budget_is_not() -> None:
+    with pytest.raises(LowRankError, match=r"bytes 1,000 cannot be met: it must be between 0\.\d+MB"):
+        small(tiny_bert(), 1000)
+    with pytest.raises(LowRankError, match="cannot be met"):
+        small(tiny_bert(), "1GB")
+    with pytest.raises(LowRankError, match="was factorized before"):
+        small(factorize(tiny_bert()), "20KB")
+
+
+def test_an_embedding_that_is_tied_is_left_out() -> None:
+    config = CompressionConfig("svd", bytes="1MB", allocation="greedy")
+    tied, apart = (with_embeddings(tiny_llama(tie_word_embeddings=tie), config) for tie in (True, False))
+    assert tied.include == ("model.layers.*",)
+    assert apart.include == ("model.layers.*", "model.embed_tokens")

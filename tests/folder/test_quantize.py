@@ -1,0 +1,240 @@
+"""quantize: an ordinary folder of fewer bits, by the libraries that people load it with, and nothing else lost."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_lowrank import CompressionConfig, LowRankError, compress
+from hf_lowrank.folder.inspect import inspect
+from hf_lowrank.folder.packing import SHRINKS, scales
+from hf_lowrank.folder.quantize import quantize_, quantize_folder
+from hf_lowrank.folder.quantizers import QUANTIZERS, Quantization
+from hf_lowrank.folder.saving import read_record, save_compressed
+from hf_lowrank.folder.verify import verify
+from hf_lowrank.nn.layers_lowrank import LowRankLayer
+from tests.helpers import outputs, tiny_bert, tiny_llama, token_ids
+
+OFFERED = [(q.name, bits, scheme) for q in QUANTIZERS.values() for bits, scheme in q.offers]
+
+
+def needs(library: str) -> None:
+    if find_spec(QUANTIZERS[library].package) is None:
+        pytest.skip(f"{library} is not installed")
+
+
+def saved(folder: Path, model: Any, form: str = "factors", dtype: torch.dtype | None = None, **settings: Any) -> Path:
+    """A compressed model with its record."""
+    compressed, report = compress(model, CompressionConfig("svd", keep=0.5, form=form, **settings), progress=False)
+    save_compressed(compressed, None, report, folder, dtype=dtype)
+    return folder
+
+
+def wide_bert() -> Any:
+    """Large enough that weights are more than what formats say of them."""
+    return tiny_bert(hidden_size=64, intermediate_size=256)
+
+
+def bert(folder: Path) -> Path:
+    return saved(folder, wide_bert())
+
+
+def embedded_bert(folder: Path) -> Path:
+    return saved(folder, wide_bert(), include=("word_embeddings", "*.dense"), align=1)
+
+
+def interpolative_bert(folder: Path) -> Path:
+    return saved(folder, wide_bert(), form="interpolative")
+
+
+def half_bert(folder: Path) -> Path:
+    return saved(folder, wide_bert(), dtype=torch.bfloat16)
+
+
+def dense_bert(folder: Path) -> Path:
+    wide_bert().save_pretrained(folder)
+    return folder
+
+
+def tied_llama(folder: Path) -> Path:
+    return saved(folder, tiny_llama(tie_word_embeddings=True))
+
+
+def compressed_twice(folder: Path) -> Path:
+    model, _ = compress(wide_bert(), CompressionConfig("svd", keep=0.6), progress=False)
+    return saved(folder, model)
+
+
+MAKES: dict[str, Callable[[Path], Path]] = {
+    make.__name__: make
+    for make in (bert, embedded_bert, interpolative_bert, half_bert, dense_bert, tied_llama, compressed_twice)
+}
+
+
+def auto_class(make: str) -> Any:
+    return AutoModelForCausalLM if make == "tied_llama" else AutoModelForSequenceClassification
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize(("library", "bits", "scheme"), OFFERED)
+def test_a_quantized_folder_loads_as_any_other(library: str, bits: int, scheme: str, make: str, tmp_path: Path) -> None:
+    needs(library)
+    source = MAKES[make](tmp_path / "source")
+    told = quantize_folder(source, tmp_path / "out", Quantization(bits, library, scheme))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == library
+    assert config.get("ranks") == json.loads((source / "config.json").read_text()).get("ranks")
+    assert told.bytes_after < told.bytes_before or make == "tied_llama"
+    loaded = auto_class(make).from_pretrained(tmp_path / "out").eval()
+    expected = outputs(auto_class(make).from_pretrained(source).eval())
+    found = outputs(loaded).float()
+    assert not torch.equal(found, expected.float())
+    far = (found - expected.float()).norm() / expected.float().norm()
+    assert far < (0.35 if bits == 4 else 0.1)
+    if make == "dense_bert":
+        return  # what else becomes of it is transformers' own
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(auto_class(make).from_pretrained(tmp_path / "again").eval()).float(), found)
+    assert not [check for check in verify(tmp_path / "out") if check.status == "FAIL"]
+    assert inspect(str(tmp_path / "out"))["parameters"] == inspect(str(source))["parameters"]
+    with pytest.raises(LowRankError, match="quantized already, by"):
+        quantize_folder(tmp_path / "out", tmp_path / "twice", Quantization(bits, library, scheme))
+    assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize(("library", "bits", "scheme"), [OFFERED[1], OFFERED[3]])
+def test_without_this_library_it_loads_by_the_code_that_travels_with_it(
+    library: str, bits: int, scheme: str, tmp_path: Path
+) -> None:
+    needs(library)
+    quantize_folder(bert(tmp_path / "source"), tmp_path / "out", Quantization(bits, library, scheme))
+    expected = outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval())
+    code = (
+        "import sys, torch; sys.modules['hf_lowrank'] = None\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        f"model = Auto.from_pretrained({str(tmp_path / 'out')!r}, trust_remote_code=True).eval()\n"
+        f"output = model(input_ids=torch.tensor({token_ids().tolist()})).logits.float().detach()\n"
+        f"torch.testing.assert_close(output, torch.tensor({expected.float().tolist()}))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"HF_HOME": str(tmp_path / "hub")})
+
+
+def test_every_factor_is_quantized_and_what_is_tied_or_a_head_is_not(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    quantize_folder(tied_llama(tmp_path / "source"), tmp_path / "out", Quantization(4))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    factors = [f for layer in loaded.modules() if isinstance(layer, LowRankLayer) for f in layer.linear_factors()]
+    assert factors
+    assert all(hasattr(factor, "weight_packed") for factor in factors)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight.is_floating_point()
+
+
+def test_the_record_says_how_and_keeps_what_it_said(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    source = bert(tmp_path / "source")
+    quantize_folder(source, tmp_path / "out", Quantization(4))
+    before, record = read_record(source), read_record(tmp_path / "out")
+    assert before is not None
+    assert record is not None
+    assert (record["layers"], record["settings"]) == (before["layers"], before["settings"])
+    told = record["quantization"]
+    assert (told["bits"], told["library"], told["scheme"]) == (4, "compressed-tensors", "weight-only")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "4 bits, weight-only, by compressed-tensors" in card
+    assert "| dense | compressed | quantized |" in card
+
+
+def test_embeddings_stay_where_engines_are_to_read_them(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    quantize_folder(bert(tmp_path / "source"), tmp_path / "out", Quantization(8, embedding_bits=0))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert loaded.bert.embeddings.word_embeddings.weight.is_floating_point()
+
+
+def test_a_model_that_was_packed_and_run_is_saved_packed(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    model, _ = compress(wide_bert(), CompressionConfig("svd", keep=0.5), progress=False)
+    floats = sum(parameter.nbytes for parameter in model.parameters())
+    quantize_(model, Quantization(4))
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()), expected)
+    assert (tmp_path / "model.safetensors").stat().st_size < floats / 2
+
+
+def test_embeddings_of_four_bits(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    source = embedded_bert(tmp_path / "source")
+    eight = quantize_folder(source, tmp_path / "eight", Quantization(4))
+    four = quantize_folder(source, tmp_path / "four", Quantization(4, embedding_bits=4))
+    assert four.bytes_after < eight.bytes_after
+    found, expected = (
+        outputs(AutoModelForSequenceClassification.from_pretrained(folder).eval())
+        for folder in (tmp_path / "four", source)
+    )
+    assert (found - expected).norm() / expected.norm() < 0.35
+    with pytest.raises(
+        LowRankError, match="cannot load a dense BertForSequenceClassification with embeddings of 4 bits"
+    ):
+        quantize_folder(dense_bert(tmp_path / "dense"), tmp_path / "out", Quantization(4, embedding_bits=4))
+    assert not (tmp_path / "out").exists()
+
+
+# What cannot be done
+
+
+@pytest.mark.parametrize(
+    ("bits", "library", "scheme", "message"),
+    [
+        (3, "compressed-tensors", "weight-only", "does not quantize to 3 bits, weight-only; there are"),
+        (4, "torchao", "dynamic", "does not quantize to 4 bits, dynamic; there are"),
+        (8, "gguf", "weight-only", "unknown library 'gguf'; there are compressed-tensors: 8 bits"),
+        (8, "quanto", "weight-only", "transformers cannot save the models it quantizes"),
+    ],
+)
+def test_what_is_not_offered_is_refused_with_what_there_is(bits: int, library: str, scheme: str, message: str) -> None:
+    with pytest.raises(LowRankError, match=message):
+        Quantization(bits, library, scheme)
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(LowRankError, match="torchao does not give embeddings 8 bits"):
+        Quantization(8, "torchao", embedding_bits=8)
+    with pytest.raises(LowRankError, match="unknown dtype 'int8'; there are float32, bfloat16, float16"):
+        Quantization(dtype="int8")
+
+
+@pytest.mark.parametrize("library", QUANTIZERS)
+def test_a_library_that_is_absent_is_named_with_its_extra(library: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("hf_lowrank.folder.quantizers.find_spec", lambda name: None)
+    bits, scheme = QUANTIZERS[library].offers[0]
+    with pytest.raises(LowRankError, match=f'{library} is not installed: pip install "hf_lowrank\\[quantizers\\]"'):
+        quantize_folder(tmp_path, tmp_path / "out", Quantization(bits, library, scheme))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [None, 8])
+def test_scales_lose_no_more_than_those_of_the_largest_weight(bits: int, group: int | None) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 32) ** 3
+    top = 2 ** (bits - 1)
+    rows = weight.unflatten(1, (-1, group or 32))
+
+    def lost(scale: torch.Tensor) -> torch.Tensor:
+        rounded = (rows / scale[..., None]).round().clamp(-top, top - 1) * scale[..., None]
+        return (rows - rounded).square().sum()
+
+    plain = rows.abs().amax(2) / (top - 0.5)
+    found = scales(weight, bits, group)
+    assert found.shape == plain.shape
+    assert lost(found) <= lost(plain)
+    shrunk = found / plain
+    assert SHRINKS.min() * 0.999 <= shrunk.min() <= shrunk.max() <= 1.001
