@@ -179,18 +179,32 @@ class Pipeline:
         return self.rows(self.samples, self.labels or "data")
 
     def rows(self, samples: int, labels: str = "data") -> DataLoader:
-        """As `calibration`, of another number of training rows, and by whose labels they are to be used."""
+        """As `calibration`, of another number of training rows, and by whose labels they are to be used.
+
+        Args:
+            samples: how many rows.
+            labels: "data" or "model".
+        """
         tokenizer, task = self.reading
         rest = (self.data_dir, samples, self.batch_size, self.seed, labels)
         return calibration_loader(self.model, tokenizer, task, *rest)
 
     def batches(self, rows: Dataset, batch_size: int) -> DataLoader:
-        """Encoded rows, such as a split of `validation`, in batches, in their order."""
+        """Encoded rows, such as a split of `validation`, in batches, in their order.
+
+        Args:
+            rows: encoded rows.
+            batch_size: rows in a batch.
+        """
         tokenizer, task = self.reading
         return DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
 
     def candidate(self, progress: bool = False) -> "Pipeline":
-        """A pipeline of a copy of the model, on the same data, which are not read again."""
+        """A pipeline of a copy of the model, on the same data, which are not read again.
+
+        Args:
+            progress: whether its bars are shown.
+        """
         other = copy.copy(self)
         other.model, other.facts, other.progress = copy.deepcopy(self.model), {**self.facts}, progress
         return other
@@ -460,6 +474,9 @@ class Pipeline:
 
     def finetune(self, **options: Any) -> dict[str, Any]:
         """Train the model in place, as it is or compressed; `options` are those of `training.finetune.finetune`.
+
+        Args:
+            options: keyword arguments of `finetune`, such as `distillation`.
 
         Raises:
             LowRankError: as there.

@@ -48,6 +48,10 @@ def shown() -> Iterator[tuple[str, Callable[..., Any], str]]:
 CALLABLES = {name: (value, text) for name, value, text in shown()}
 
 
+def test_the_reference_shows_all_that_is_exported() -> None:
+    assert set(hf_lowrank.__all__) - {"METHODS"} <= {name.rpartition(".")[2] for name in SHOWN}
+
+
 @pytest.mark.parametrize("name", CALLABLES)
 def test_every_argument_of_what_the_reference_shows_is_explained(name: str) -> None:
     value, text = CALLABLES[name]
