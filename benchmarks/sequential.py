@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from hf_lowrank.folder.loading import load_model
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.tasks import get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
 RATIOS = (0.33, 0.2, 0.1)
 ALLOCATIONS = ("uniform", "greedy")
+SAMPLES, BATCH_SIZE = 512, 16
 
 
 def run(options: Options) -> Result:
-    """Score and CPU seconds of every variant, by allocation and share of the ranks."""
+    """Score, divergence from dense and CPU seconds of every variant, by allocation and share of the ranks."""
     if options.model is None or options.task is None:
         raise LowRankError("sequential needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     study = _Study(options)
@@ -39,8 +42,11 @@ def run(options: Options) -> Result:
     return Result(
         f"{study.task.score} on {study.task.name} without fine-tuning; dense {study.dense:.2f}",
         rows,
-        [f"Seconds are of CPU time, besides the {study.seconds:.0f} that measuring the statistics takes once."],
-        {"model": Path(options.model).name, "task": study.task.name, "dense": study.dense, "rows": rows},
+        [
+            f"Score, divergence from dense, and CPU seconds of factorizing, besides the {study.seconds:.0f} that "
+            f"measuring the statistics takes once: {SAMPLES} samples, labels drawn from the model, seed {options.seed}."
+        ],
+        {"model": Path(options.model).name, "task": study.task.name, "dense": study.dense, "seed": options.seed},
     )
 
 
@@ -51,21 +57,24 @@ class _Study:
         self.task = get_task(options.task or "")
         self.model, self.tokenizer = load_model(options.model or "", self.task)
         self.validation = load_validation(self.task, options.data_dir, self.tokenizer, self.model.config)
-        self.loader = calibration_loader(self.model, self.tokenizer, self.task, options.data_dir, seed=options.seed)
+        self.reference = Reference(self.model, self.tokenizer, self.task, self.validation)
+        rest: Any = (options.data_dir, SAMPLES, BATCH_SIZE, options.seed, "model")
+        self.loader = calibration_loader(self.model, self.tokenizer, self.task, *rest)
         started = time.process_time()
         needs = CompressionConfig().needs
-        self.statistics = compute_statistics(self.model, self.loader, needs, progress=False)
+        self.statistics = compute_statistics(self.model, self.loader, needs, progress=False, labels="model")
         self.seconds = time.process_time() - started
-        self.dense = self.score(self.model)
+        self.dense = self._score(self.model)
 
     def row(self, allocation: str, variant: str) -> Row:
-        """Scores and seconds at every share of the ranks."""
+        """What becomes of the model at every share of the ranks."""
         row = {"allocation": allocation, "factors": variant}
         for ratio in RATIOS:
             started = time.process_time()
             low_rank = VARIANTS[variant](self, CompressionConfig(rank_ratio=ratio, allocation=allocation))
             seconds = time.process_time() - started
-            row[f"{ratio:.0%}"] = f"{self.score(low_rank):.2f} ({seconds:.0f} s)"
+            divergence = self.reference.divergence(low_rank, progress=False).mean
+            row[f"{ratio:.0%}"] = f"{self._score(low_rank):.2f}, {divergence:.4f}, {seconds:.0f} s"
         return row
 
     def compressed(self, config: CompressionConfig, statistics: Statistics | None = None) -> PreTrainedModel:
@@ -73,8 +82,7 @@ class _Study:
         model, known = copy.deepcopy(self.model), statistics or self.statistics
         return compress(model, config, known, progress=False, batches=self.loader)[0]
 
-    def score(self, model: PreTrainedModel) -> float:
-        """That of the task."""
+    def _score(self, model: PreTrainedModel) -> float:
         return evaluate_splits(model, self.tokenizer, self.task, self.validation, progress=False)["score"]
 
 
