@@ -81,10 +81,10 @@ METHODS = {
         ),
         Method("tfwsvd", "Σ F ∘ Δ²", "TFWSVD, Hua et al. (2022)", ("fisher",), in_loss_units=True, iterates=True),
         Method("asvd", "‖Δ diag(√a)‖², a = mean |x|", "ASVD, Yuan et al. (2023), α = 1/2", ("activation_magnitude",)),
-        Method("whiten", "E‖Δ (x − μ)‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", _INPUTS),
+        Method("whiten", "E‖Δ x‖²", "DRONE, Chen et al. (2021); SVD-LLM, Wang et al. (2024)", _INPUTS),
         Method(
             "whiten-diag",
-            "E‖diag(√γ) Δ (x − μ)‖², γ = E g²",
+            "E‖diag(√γ) Δ x‖², γ = E g²",
             "whitening × output gradients",
             (*_INPUTS, "gradient_moment"),
             "greedy",
@@ -92,7 +92,7 @@ METHODS = {
         ),
         Method(
             "kfac",
-            "tr Δᵀ G Δ A, G = E g gᵀ, A = E (x − μ)(x − μ)ᵀ",
+            "E[tr Δᵀ G Δ A], G = E g gᵀ, A = E x xᵀ",
             "K-FAC, Martens & Grosse (2015)",
             (*_INPUTS, "gradient_moment"),
             "greedy",
