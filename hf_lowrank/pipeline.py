@@ -29,12 +29,15 @@ from hf_lowrank.folder.quantizers import described as described_quantization
 from hf_lowrank.folder.reading import read_config
 from hf_lowrank.folder.saving import add_facts, save_compressed
 from hf_lowrank.folder.scores import with_divergence, with_score
+from hf_lowrank.folder.sentences import Sentences, embeds_sentences, read_sentences
 from hf_lowrank.jobs.checkpoint import MINUTES, Work
 from hf_lowrank.model.locating import resolve
+from hf_lowrank.model.predictions import Readout
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.labels import ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
@@ -45,6 +48,7 @@ from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits, sc
 from hf_lowrank.training.finetune import finetune
 from hf_lowrank.training.heal import heal
 from hf_lowrank.training.limits import limit_for
+from hf_lowrank.training.similarity import agreement, evaluate_pairs
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Pipeline:
         work: where unfinished work is kept; None for nowhere (see `begin`).
         facts: what the record says besides what the pipeline knows by itself.
         progress: whether bars are shown.
+        sentences: of a sentence-transformers folder, what follows the transformer: its embeddings are what counts.
 
     >>> pipeline = Pipeline.load("./bert-stsb", task="stsb")            # doctest: +SKIP
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
@@ -89,6 +94,7 @@ class Pipeline:
     work: Work | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    sentences: Sentences | None = None
     report: CompressionReport | None = field(default=None, init=False)
 
     @classmethod
@@ -123,6 +129,8 @@ class Pipeline:
             the_task = task_of_texts(
                 name, read_texts(Path(texts)) if isinstance(texts, str | Path) else given_texts(texts)
             )
+        the_task = the_task and fitting(name, the_task)
+        options["sentences"] = read_sentences(name)
         model, tokenizer = load_as_saved(name) if the_task is None else load_model(name, the_task)
         return cls(model, tokenizer, the_task, data_dir, public_name(name), dtype=stored_dtype(name), **options)
 
@@ -316,7 +324,7 @@ class Pipeline:
             self.model,
             self._rows_by(whose),
             kinds,
-            labels=whose,
+            labels=ModelLabels(readout=self._readout) if self._readout is not None and whose == "model" else whose,
             include=include,
             exclude=exclude,
             origin=self.origin | origin,
@@ -418,7 +426,7 @@ class Pipeline:
 
     def score(self) -> dict[str, float]:
         """The figures of the task's metrics, and `score`, on all validation rows."""
-        return evaluate_splits(self.model, *self.reading, self.validation, progress=self.progress)
+        return self._scored(self.model)
 
     def score_and_loss(self) -> dict[str, float]:
         """The `score`, and the mean `loss` of the validation rows, over several splits the means."""
@@ -442,7 +450,7 @@ class Pipeline:
         Raises:
             LowRankError: they predict different things.
         """
-        reference = Reference(dense, *self.reading, self.validation)
+        reference = Reference(dense, *self.reading, self.validation, readout=self._readout)
         return reference.divergence(self.model if model is None else model)
 
     def compare_saved(self, folder: str | Path, name: str) -> Divergence:
@@ -453,7 +461,11 @@ class Pipeline:
             name: of the model that it was made from, a folder or a Hub name.
         """
         task = self.reading[1]
-        found = self.divergence(load_trained(name, task), load_trained(str(folder), task))
+        dense, saved = load_trained(name, task), load_trained(str(folder), task)
+        found = self.divergence(dense, saved)
+        if self._readout is not None and task.is_scored:
+            self.facts["neighbours"] = agreement(dense, saved, *self.reading, self._readout, self.data_dir)
+            add_facts(folder, neighbours=self.facts["neighbours"])
         noted = with_divergence(self.facts, "compressed", found.to_dict(), self.scored_on)
         self.facts |= noted
         add_facts(folder, **noted)
@@ -466,7 +478,11 @@ class Pipeline:
             folder: where the model was saved.
         """
         _, task = self.reading
-        figures, scored_on = evaluate_described(*load_model(str(folder), task), task, self.data_dir)
+        loaded, tokenizer = load_model(str(folder), task)
+        if self._readout is None:
+            figures, scored_on = evaluate_described(loaded, tokenizer, task, self.data_dir)
+        else:
+            figures, scored_on = self._scored(loaded), self.scored_on
         found = with_score(self.facts, "compressed", figures["score"], scored_on)
         self.facts |= found
         add_facts(folder, **found)
@@ -510,7 +526,8 @@ class Pipeline:
             facts["quantization"] = described_quantization(quantization)
         known = self._known() | self.facts | facts
         self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
-        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
+        also = None if self.sentences is None else self.sentences.copy_to
+        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, also, **self.facts)
 
     def save_statistics(self, statistics: Statistics, folder: str | Path, overwrite: bool = False) -> None:
         """Write statistics into a new folder, all of it or nothing.
@@ -552,9 +569,29 @@ class Pipeline:
             return None
         return self._rows_by("data" if statistics.labels == "data" else "model")
 
+    @property
+    def _readout(self) -> Readout | None:
+        """What counts of the model's outputs, where it is not the outputs themselves."""
+        return None if self.sentences is None else self.sentences.readout
+
+    def _scored(self, model: PreTrainedModel) -> dict[str, float]:
+        if self._readout is not None:
+            return evaluate_pairs(model, *self.reading, self._readout, self.data_dir, progress=self.progress)
+        return evaluate_splits(model, *self.reading, self.validation, progress=self.progress)
+
     def _rows_by(self, labels: str) -> DataLoader:
         """The calibration samples, to be used by these labels."""
         return self.calibration if labels == (self.labels or "data") else self.rows(self.samples, labels)
+
+
+def fitting(name: str, task: Task) -> Task:
+    """A task as the model called `name` is to read it: one of sentence-transformers embeds the texts of a pair apart.
+
+    Raises:
+        LowRankError: such a model is not scored by the task; or as `read_sentences`.
+    """
+    apart = task.kind not in ("embedding", "similarity") and embeds_sentences(name)
+    return task.as_similarity() if apart else task
 
 
 def task_of_texts(name: str, texts: Texts, max_length: int | None = None) -> Task:

@@ -138,9 +138,12 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
 
     from hf_lowrank.cli.work import claim, refuse_output
     from hf_lowrank.folder.hub import push_folder, refuse_without_token
+    from hf_lowrank.pipeline import fitting
 
     claim(context, given.output, model, given.data.data_dir, given.data.texts, given.statistics)
     task = task or given.data.of_texts(model)
+    if task is not None:
+        task = fitting(model, task)
     replace = refuse_output(given.output, given.job.resume, given.job.overwrite)
     if given.push_to_hub is not None:
         refuse_without_token()  # before the work, not after it
@@ -149,7 +152,7 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
         return
     pipeline.save(given.output, replace, quantization)
     if given.score:
-        if pipeline.task is not None and pipeline.task.has_labels:
+        if pipeline.task is not None and pipeline.task.is_scored:
             pipeline.score_saved(given.output)
         pipeline.compare_saved(given.output, model)
     pipeline.finish()
@@ -174,7 +177,7 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     if given.heal:
         pipeline.check_dense()
     pipeline.facts["memory"] = memory
-    if given.score and task is not None and task.has_labels:
+    if given.score and task is not None and task.is_scored:
         pipeline.score_dense()
     measured, data = None, None
     if given.statistics is not None:

@@ -35,7 +35,9 @@ def evaluate_command(
 
     from accelerate import PartialState
 
-    chosen: Any = named or data.of_texts(against or model)
+    from hf_lowrank.pipeline import fitting
+
+    chosen: Any = fitting(model, named or data.of_texts(against or model))  # type: ignore[arg-type]
     facts = _measured(model, chosen, data, against, batch_size)
     if PartialState().is_main_process:
         print_json(facts) if as_json else _show(facts, chosen.score)
@@ -44,18 +46,27 @@ def evaluate_command(
 def _measured(model: str, task: Any, data: DataOrTexts, against: str | None, batch_size: int) -> dict[str, Any]:
     """Everything that is known of the model by the task's validation data, as plain values."""
     from hf_lowrank.folder.loading import load_model, load_trained
+    from hf_lowrank.folder.sentences import read_sentences
     from hf_lowrank.tasks import described, label_mapping, load_validation
     from hf_lowrank.training.divergence import Reference
     from hf_lowrank.training.evaluate import evaluate_splits
+    from hf_lowrank.training.similarity import agreement, evaluate_pairs
 
     loaded, tokenizer = load_model(model, task)
     validation = load_validation(task, data.data_dir, tokenizer, loaded.config)
     facts = {"model": model, "task": task.name, "parameters": loaded.num_parameters()}
     facts |= {"scored_on": described(validation, task, data.data_dir), "labels": label_mapping(task, loaded.config)}
+    sentences = read_sentences(model)
+    readout = None if sentences is None else sentences.readout
     if task.has_labels:
         facts |= evaluate_splits(loaded, tokenizer, task, validation, batch_size)
+    elif task.is_scored and readout is not None:
+        facts |= evaluate_pairs(loaded, tokenizer, task, readout, data.data_dir, batch_size)
     if against is not None:
-        reference = Reference(load_trained(against, task), tokenizer, task, validation, batch_size)
+        dense = load_trained(against, task)
+        if task.is_scored and readout is not None:
+            facts["neighbours shared with dense"] = agreement(dense, loaded, tokenizer, task, readout, data.data_dir)
+        reference = Reference(dense, tokenizer, task, validation, batch_size, readout)
         facts |= {"against": against, "divergence": reference.divergence(loaded).to_dict()}
     return facts
 

@@ -1,5 +1,6 @@
 """A compressed model and the record of its making → a folder that from_pretrained loads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ def save_compressed(
     folder: str | Path,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
+    also: Callable[[Path], None] | None = None,
     **facts: Any,
 ) -> None:
     """Write the model, its tokenizer and `compression.json` into a new folder, all of it or nothing.
 
     The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in
     the record. Of a model that came compressed already they are brought to the dense original (see `of_original`).
+    `also` writes into the folder what else belongs there.
 
     Raises:
         LowRankError: the folder exists and `overwrite` is off.
     """
     report, facts = of_original(report, facts, model.name_or_path)
-    save_model(model, tokenizer, folder, overwrite, dtype, {**facts, **report.to_dict()})
+    save_model(model, tokenizer, folder, overwrite, dtype, {**facts, **report.to_dict()}, also)
 
 
 def save_model(
@@ -45,6 +48,7 @@ def save_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     record: dict[str, Any] | None = None,
+    also: Callable[[Path], None] | None = None,
 ) -> None:
     """As `save_compressed`, for any model, with a record that is complete, or None.
 
@@ -58,6 +62,8 @@ def save_model(
         model.save_pretrained(whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
+        if also is not None:
+            also(whole)
         if record is not None:
             record = {**record, "fingerprint": fingerprint(model, whole)}
             if isinstance(model, LowRankMixin):

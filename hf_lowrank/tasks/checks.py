@@ -63,7 +63,7 @@ def check_rows(rows: Dataset, task: Task, classes: int) -> None:
         _refuse(rows[task.label], task.label, _is_list, f"{task.name} needs a list of labels there")
         _check_lengths(rows, task)
     labels = [label for row in rows[task.label] for label in row] if words else rows[task.label]
-    if task.kind == "regression":
+    if task.kind in ("regression", "similarity"):
         bad = [label for label in labels if not isinstance(label, (int, float)) or not math.isfinite(label)]
     else:
         bad = [label for label in labels if not isinstance(label, int) or not 0 <= label < classes]

@@ -54,7 +54,7 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
 
 def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """What joins encoded rows into a padded batch."""
-    if task.kind in ("classification", "regression", "embedding"):
+    if task.kind in ("classification", "regression", "embedding", "similarity"):
         return DataCollatorWithPadding(tokenizer)
     tokenizer = copy.deepcopy(tokenizer)  # what it needs here is not to be saved
     if tokenizer.pad_token is None:  # never seen: padding is masked, and its labels are ignored
@@ -71,6 +71,14 @@ def _encode_sequence(batch: dict, task: Task, tokenizer: Any, length: int, label
     labels = batch[task.label]
     encoded["labels"] = [label_ids[label] for label in labels] if label_ids else [float(label) for label in labels]
     return encoded
+
+
+def _encode_apart(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
+    """Every text of a pair is a row of its own."""
+    encoded = dict(
+        tokenizer([text for column in task.text for text in batch[column]], truncation=True, max_length=length)
+    )
+    return {**encoded, "labels": [UNKNOWN] * len(encoded["input_ids"])}
 
 
 def _encode_words(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
@@ -123,4 +131,5 @@ _ENCODERS = {
     "causal_lm": _encode_text,
     "masked_lm": _encode_masked,
     "embedding": _encode_sequence,
+    "similarity": _encode_apart,
 }

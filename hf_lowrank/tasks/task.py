@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hf_lowrank.errors import LowRankError
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -48,11 +50,31 @@ class Task:
     @property
     def has_labels(self) -> bool:
         """Whether its rows say what a model is to predict: their labels, or the text itself."""
+        if self.kind == "similarity":  # its labels are of pairs, and its rows are single texts
+            return False
         return self.label is not None or self.kind in ("causal_lm", "masked_lm")
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there is a figure that says how good a model is at it."""
+        return self.has_labels or (self.kind == "similarity" and self.label is not None)
 
     def without_labels(self) -> "Task":
         """The same rows, of which no labels are read."""
         return replace(self, label=None, label_names=(), label_values=())
+
+    def as_similarity(self) -> "Task":
+        """The same pairs, whose texts are read one by one, for models that embed them.
+
+        Raises:
+            LowRankError: it is of other things than pairs of texts with a number.
+        """
+        if self.kind != "regression" or len(self.text) != 2:
+            raise LowRankError(
+                f"{self.name} has no pairs of texts with a number, which models of sentence-transformers are scored "
+                "by; give texts in place of a task"
+            )
+        return replace(self, kind="similarity", score="spearman", metrics=None)
 
     @property
     def lower_is_better(self) -> bool:
@@ -68,4 +90,5 @@ KINDS = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "embedding": "AutoModel",
+    "similarity": "AutoModel",
 }

@@ -1,0 +1,118 @@
+"""A sentence-transformers folder → what follows its transformer, such as pooling, and the files that say so.
+
+The transformer itself is in the folder as transformers writes it. `modules.json` lists it and what follows.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.locating import resolve
+from hf_lowrank.model.predictions import Readout
+
+MODULES = "modules.json"
+FILES = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+FOLLOWING = ("Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """What makes embeddings of texts out of a transformer's hidden states.
+
+    Args:
+        folder: where they are from.
+        parts: sentence-transformers' own modules, in their order.
+        paths: their places in the folder.
+    """
+
+    folder: Path
+    parts: tuple[nn.Module, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def readout(self) -> Readout | None:
+        """What counts of the transformer's outputs; None of cross-encoders, whose own outputs do."""
+        return self.sentence_embedding if self.parts else None
+
+    def sentence_embedding(self, outputs: Any, batch: dict[str, Any]) -> Tensor:
+        """A readout: the embedding of every text of a batch [batch, features]."""
+        features = {"token_embeddings": outputs.last_hidden_state, "attention_mask": batch["attention_mask"]}
+        for part in self.parts:
+            features = part.to(outputs.last_hidden_state.device)(features)
+        return features["sentence_embedding"]
+
+    def copy_to(self, folder: Path) -> None:
+        """Write the files beside a transformer that make a sentence-transformers folder of it."""
+        for name in FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        for path in self.paths:
+            if (self.folder / path).is_dir():  # older folders have none for what needs no settings
+                shutil.copytree(self.folder / path, folder / path, dirs_exist_ok=True)
+
+
+def read_sentences(name: str) -> Sentences | None:
+    """What follows the transformer of the model called `name`; None if it is not of sentence-transformers.
+
+    Raises:
+        LowRankError: it has modules that are not known, pickled weights, or no transformer at its top; or
+            sentence-transformers is not installed.
+    """
+    folder = Path(resolve(name))
+    if not (folder / MODULES).is_file():
+        return None
+    listed = _listed(folder)
+    paths = tuple(module["path"] for module in listed[1:])
+    if pickled := [path for path in paths if any((folder / path).glob("*.bin"))]:
+        raise LowRankError(
+            f"the weights in {folder / pickled[0]} are pickled, and are never read: save the model again"
+        )
+    return Sentences(folder, _parts(folder, len(listed)), paths)
+
+
+def embeds_sentences(name: str) -> bool:
+    """Whether the model called `name` is of sentence-transformers, and no cross-encoder."""
+    path = Path(resolve(name)) / MODULES
+    return path.is_file() and len(_listed(path.parent)) > 1
+
+
+def _listed(folder: Path) -> Sequence[dict[str, Any]]:
+    """The modules of a folder, checked."""
+    try:
+        listed = sorted(json.loads((folder / MODULES).read_text(encoding="utf-8")), key=lambda module: module["idx"])
+        kinds = [module["type"] for module in listed]
+        first = (kinds[0].rpartition(".")[2], listed[0]["path"])
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise LowRankError(f"{folder / MODULES} is not a list of sentence-transformers' modules") from error
+    if first != ("Transformer", ""):
+        raise LowRankError(
+            f"{folder / MODULES} begins with a {first[0]} in {first[1] or 'the folder itself'}; only a Transformer in "
+            "the folder itself can be compressed: save the model again with a current sentence-transformers"
+        )
+    for kind in kinds:
+        known = kind.startswith("sentence_transformers.") and kind.rpartition(".")[2] in ("Transformer", *FOLLOWING)
+        if not known:
+            raise LowRankError(
+                f"{folder / MODULES} names {kind}, which is not known what it does; known are {', '.join(FOLLOWING)}"
+            )
+    return listed
+
+
+def _parts(folder: Path, count: int) -> tuple[nn.Module, ...]:
+    """What follows the transformer, as sentence-transformers loads it."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise LowRankError(
+            f"{folder} is of sentence-transformers, which is not installed: pip install sentence-transformers"
+        ) from error
+    if count == 1:
+        return ()
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    return tuple(model[number].eval().requires_grad_(False) for number in range(1, count))
