@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer  # noqa: E402
 
 from hf_lowrank.errors import LowRankError  # noqa: E402
+from hf_lowrank.folder import hub  # noqa: E402
 from hf_lowrank.folder.sentences import read_sentences  # noqa: E402
 from hf_lowrank.pipeline import Pipeline  # noqa: E402
 from hf_lowrank.tasks import get_task  # noqa: E402
@@ -176,6 +177,14 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 def test_a_task_of_single_texts_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LowRankError, match="cola has no pairs of texts with a number"):
         Pipeline.load(str(folder), get_task("cola"), write_cola(tmp_path / "cola"))
+
+
+def test_a_push_takes_what_follows_the_transformer(folder: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.load(str(folder), texts=TEXTS)
+    pipeline.compress(rank_ratio=0.4)
+    pipeline.save(tmp_path / "small")
+    published = hub._files(tmp_path / "small")
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= {*published}
 
 
 def test_neighbours_that_two_models_share() -> None:
