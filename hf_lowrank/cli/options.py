@@ -14,6 +14,7 @@ from hf_lowrank.cli.family import print_methods_for_help
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import refuse_existing
 from hf_lowrank.jobs.interrupts import MINUTES
+from hf_lowrank.jobs.settings import check_choice
 from hf_lowrank.solvers.family import COMPARED, DEFAULT_GAUGE, METHODS, OPTIMIZER_NAMES, get_method
 from hf_lowrank.statistics.names import LABELS
 from hf_lowrank.tasks.table import NAMES, get_task
@@ -55,8 +56,8 @@ def checked_labels(given: str | None) -> str | None:
     Raises:
         LowRankError: there are no such labels.
     """
-    if given not in (None, *LABELS):
-        raise LowRankError(f"unknown labels {given!r}; there are {', '.join(LABELS)}")
+    if given is not None:
+        check_choice("labels", given, LABELS)
     return given
 
 
