@@ -181,6 +181,15 @@ def test_budgets_on_different_layers_have_their_own_statistics(places: dict[str,
     assert len(list((tmp_path / "work/statistics").iterdir())) == 2
 
 
+def test_methods_have_statistics_by_their_own_labels(places: dict[str, Path], tmp_path: Path) -> None:
+    recipe = content(places, methods=["fwsvd", "kfac"], finetune={"epochs": 1}, finetune_after=False)
+    do(recipe, tmp_path, places)
+    made = [record["compression"] for record in records(tmp_path).values() if "compression" in record]
+    labels = {record["settings"]["method"]: record["statistics"]["labels"] for record in made}
+    assert labels == {"fwsvd": "data", "kfac": "model"}
+    assert len(list((tmp_path / "work/statistics").iterdir())) == 2
+
+
 def test_a_model_that_is_fine_tuned_already_is_taken_as_it_is(places: dict[str, Path], tmp_path: Path) -> None:
     do(content(places, methods=["svd"], finetune_after=False), tmp_path / "first", places)
     tuned = tmp_path / "first" / "work" / "dense" / "tiny--cola--seed0"

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.claims import differences
+from hf_lowrank.solvers.family import get_method
 from hf_lowrank.studies.experiment.recipe import Experiment, Model, Recipe, Settings, TaskChoice
 
 
@@ -34,9 +35,10 @@ class Run:
 
     @property
     def statistics_name(self) -> str:
-        """Of the statistics that it shares with runs on the same layers."""
+        """Of the statistics that it shares with runs on the same layers, by the same labels."""
         layers = {key: self.budget[key] for key in ("include", "exclude") if self.budget.get(key)}
         chosen = [hashlib.blake2b(repr(layers).encode(), digest_size=4).hexdigest()] if layers else []
+        chosen += [f"labels-{self.statistics['labels']}"] if "labels" in self.statistics else []
         return "--".join([self.dense.name, str(self.statistics["samples"]), *chosen])
 
     @property
@@ -108,7 +110,9 @@ def runs_of(experiment: Experiment, dense: Dense) -> Iterator[Run]:
     """The compressions of one dense model."""
     for budget in experiment.budgets:
         for method in experiment.methods:
-            yield Run(dense, method, budget, experiment.finetune_after, experiment.statistics)
+            labels = get_method(method).labels
+            statistics = experiment.statistics | ({} if labels == "data" else {"labels": labels})
+            yield Run(dense, method, budget, experiment.finetune_after, statistics)
 
 
 def budget_title(budget: Settings) -> str:
