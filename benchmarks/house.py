@@ -40,7 +40,7 @@ LABELS = ("unacceptable", "acceptable")
 KINDS_AT_HOME = ("nn/", "model/")
 KIND_TEST = re.compile(
     r"(isinstance|type)\(.*\b(nn\.Embedding|CONVOLUTIONS|Conv1D|nn\.Conv[123]d)\b"
-    r"|\bis_(embedding|convolution|expert_layer)\("
+    r"|\bis_(embedding|convolution)\("
 )
 
 

@@ -30,7 +30,7 @@ class Rounding:
 
 def rounding_for(layer: nn.Linear | nn.Embedding, bits: int, activations: bool = False) -> Rounding:
     """The finest that engines read: rows of 8 bits; of 4, groups of `GROUP` where the rows divide into them."""
-    return Rounding(bits, group_of(layer.weight.shape[1], bits), activations and not isinstance(layer, nn.Embedding))
+    return Rounding(bits, group_of(layer.weight.shape[1], bits), activations)
 
 
 def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding]) -> None:

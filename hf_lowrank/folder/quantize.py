@@ -107,8 +107,9 @@ def quantize_(model: PreTrainedModel, quantization: Quantization, bits: Mapping[
 
 
 def _rounding(layer: nn.Linear | nn.Embedding, quantization: Quantization) -> Rounding:
-    bits = quantization.of_embeddings if isinstance(layer, nn.Embedding) else quantization.bits
-    return rounding_for(layer, bits, quantization.scheme == "dynamic")
+    if isinstance(layer, nn.Embedding):  # which reads no activations
+        return rounding_for(layer, quantization.of_embeddings)
+    return rounding_for(layer, quantization.bits, activations=quantization.scheme == "dynamic")
 
 
 def quantizable(model: PreTrainedModel, quantization: Quantization) -> dict[str, nn.Linear | nn.Embedding]:
