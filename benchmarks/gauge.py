@@ -26,7 +26,7 @@ from hf_lowrank.solvers.scaled import Scaled
 from hf_lowrank.tasks import collator, get_task
 from hf_lowrank.training.evaluate import evaluate_splits
 
-RATIOS, STUDIED = (0.33, 0.2, 0.1), 0.2
+RATIOS, STUDIED = (0.33, 0.2, 0.1), 0.1
 COMPARED_ROWS = 96
 
 Gauge = Callable[[Factors, Scaled, int], Factors]
@@ -102,7 +102,7 @@ def run(options: Options) -> Result:
     rows, scores = list(study.changes(STUDIED)), [study.scores(ratio) for ratio in RATIOS]
     title = f"Relative change of the outputs in percent by rounding, on {study.task.name} at {STUDIED:.0%} of the ranks"
     notes = [
-        "The mean of three rotations. Weights and activations are rounded as quantizers do, computed in float.",
+        "The mean of three rotations, or of --rounds. Weights and activations are rounded as quantizers do, in float.",
         "",
         Result(f"{study.task.score}, whole validation set", scores).markdown(),
     ]
