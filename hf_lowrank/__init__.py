@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_lowrank.compression.compress import compress
     from hf_lowrank.compression.config import CompressionConfig
     from hf_lowrank.compression.report import CompressionReport
+    from hf_lowrank.folder.directions import shrink_saved
     from hf_lowrank.folder.hub import push_folder
     from hf_lowrank.nn.configuration_lowrank import LowRankConfig
     from hf_lowrank.nn.layers_lowrank import LowRankLinear
@@ -41,6 +42,7 @@ __all__ = [
     "compute_statistics",
     "heal",
     "push_folder",
+    "shrink_saved",
 ]
 
 __getattr__ = lazily(
@@ -58,6 +60,7 @@ __getattr__ = lazily(
         "compute_statistics": "statistics.collect",
         "heal": "training.heal",
         "push_folder": "folder.hub",
+        "shrink_saved": "folder.directions",
     },
 )
 

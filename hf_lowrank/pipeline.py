@@ -421,6 +421,8 @@ class Pipeline:
         options: Any = {"dtype": self.dtype, "checkpoints": folder, "resume": True, **settings}
         facts = heal(self.model, teacher, tokenizer, task, self.data_dir, progress=self.progress, **options)
         data = data_name(task, self.data_dir)
+        if self.report is not None:
+            self.report = replace(self.report, directions={})  # trained factors have others
         self.facts["healing"] = facts | {"teacher": name or self.name, "data": data, "versions": versions()}
         return facts
 

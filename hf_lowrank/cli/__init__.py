@@ -2,8 +2,8 @@
 
 # ruff: noqa: I001  # commands appear in --help in this order
 from hf_lowrank.cli.app import app, main
-from hf_lowrank.cli import demo, analyze, sweep, compress, heal, finetune, experiment, evaluate, inspect, verify, bench
-from hf_lowrank.cli import quantize, densify, card, push, export, statistics, methods
+from hf_lowrank.cli import demo, analyze, sweep, compress, shrink, heal, finetune, experiment, evaluate, inspect, verify
+from hf_lowrank.cli import bench, quantize, densify, card, push, export, statistics, methods
 
 __all__ = [
     "analyze",
@@ -23,6 +23,7 @@ __all__ = [
     "methods",
     "push",
     "quantize",
+    "shrink",
     "statistics",
     "sweep",
     "verify",

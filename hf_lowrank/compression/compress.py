@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import Profile, Ranks, Spectrum, allocate, check_budget
 from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.directions import PARTS, Directions
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
@@ -103,7 +104,7 @@ def compress(
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
-    layers = _replace_layers(model, solver, ranks, config, progress, work, prefix)
+    layers, directions = _replace_layers(model, solver, ranks, config, progress, work, prefix)
     layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
     described = {}
     if statistics is not None and config.needs:
@@ -112,7 +113,16 @@ def compress(
     others = {name: layer for name, layer in factorized_layers(model).items() if name not in layers}
     rest = tuple(kept_report(Target.of(name, layer)) for name, layer in others.items())
     report = CompressionReport(
-        asdict(config), before, model.num_parameters(), seconds, ordered, described, earlier, untouched=rest, bits=bits
+        asdict(config),
+        before,
+        model.num_parameters(),
+        seconds,
+        ordered,
+        described,
+        earlier,
+        untouched=rest,
+        directions=directions,
+        bits=bits,
     )
     model.compression_report = report  # type: ignore[assignment]  # for the card, should the model be pushed
     return model, report
@@ -194,9 +204,12 @@ def _replace_layers(
     progress: bool,
     work: Work | None,
     prefix: Prefix | None,
-) -> dict[str, LayerReport]:
-    """Put factors in the place of every layer that has a rank; each process solves its share."""
-    targets = solver.targets
+) -> tuple[dict[str, LayerReport], dict[str, Directions]]:
+    """Put factors in the place of every layer that has a rank; each process solves its share.
+
+    What became of the layers, and the directions of those that have an order.
+    """
+    targets, directions = solver.targets, dict[str, Directions]()
     layers = {name: kept_report(targets[name]) for name, rank in ranks.items() if rank is None}
     costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
     kept = work.store("factors") if work is not None else None
@@ -207,13 +220,15 @@ def _replace_layers(
         for step_solver, names in steps:
 
             def solve(name: str, solver: LayerSolver = step_solver) -> Result:
-                low_rank, layer = solver.low_rank(name, ranks[name] or 1)
-                return stored_parts(low_rank), asdict(layer)
+                low_rank, layer, found = solver.low_rank(name, ranks[name] or 1)
+                return stored_parts(low_rank) | (vars(found) if found else {}), asdict(layer)
 
             for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept):
                 dense = targets.pop(name).module  # and it can be freed
                 replace_module(model, name, placed_like(dense, factors))
                 layers[name] = LayerReport.from_dict(facts)
+                if "worth" in factors:
+                    directions[name] = Directions(*(factors[part].cpu() for part in PARTS))
                 shown.update()
     restack_experts(model)
     for name in ranks:
@@ -223,7 +238,8 @@ def _replace_layers(
             if changed.num_parameters() <= layer.num_parameters():
                 replace_module(model, name, changed)
                 layers[name] = replace(layers[name], parameters_after=changed.num_parameters())
-    return layers
+                directions.pop(name, None)  # they are of plain factors
+    return layers, directions
 
 
 def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Spectrum:

@@ -1,13 +1,16 @@
 """What a compression did, layer by layer: for a person as a table, for a machine as JSON."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from hf_lowrank.allocation.budget import BUDGETS
+
+if TYPE_CHECKING:
+    from hf_lowrank.compression.directions import Directions
 
 AFTERWARDS = {"healing": "healed", "finetuning": "fine-tuned"}  # what a record says was done after the compression
 
@@ -59,6 +62,7 @@ class CompressionReport:
         earlier: what is known of the compressions before this one, the first one first.
         untouched: the layers that those factorized and this one did not target.
         bits: of a weight, for each layer, where a budget in bytes chose them.
+        directions: what the directions of each layer are worth, where they have an order: not among the plain values.
     """
 
     settings: dict[str, Any]
@@ -70,6 +74,7 @@ class CompressionReport:
     earlier: tuple[dict[str, Any], ...] = ()
     untouched: tuple[LayerReport, ...] = ()
     bits: dict[str, int] = field(default_factory=dict)
+    directions: "dict[str, Directions]" = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def targeted_before(self) -> int:
@@ -95,7 +100,8 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         totals = ("targeted_before", "targeted_after", "expected_loss")
-        return asdict(self) | {name: getattr(self, name) for name in totals}
+        plain = {key: value for key, value in asdict(replace(self, directions={})).items() if key != "directions"}
+        return plain | {name: getattr(self, name) for name in totals}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "CompressionReport":

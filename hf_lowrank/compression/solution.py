@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.allocation import parameters
+from hf_lowrank.compression.directions import Directions
 from hf_lowrank.compression.report import LayerReport
 from hf_lowrank.compression.rounded import RoundedLoss
 from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
 from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.family import DEFAULT_GAUGE
 from hf_lowrank.solvers.methods import Means, mean_input, rounding_sides
 from hf_lowrank.solvers.scaled import Scaled
@@ -65,8 +67,11 @@ class LayerSolver:
         return RoundedLoss.of(weight, *sides, unit, self.targets[name].kind == "embedding")
 
     @torch.no_grad()
-    def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport]:
-        """The layer as factors of a rank, in its own dtype, and what they cost and lose."""
+    def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport, Directions | None]:
+        """The layer as factors of a rank, in its own dtype, what they cost and lose, and their directions.
+
+        None for directions that have no order, as a method that iterates finds them.
+        """
         started = time.perf_counter()
         target, weight = self.targets[name], self._weight(name)
         objective = self._objective(name, weight.device)
@@ -82,7 +87,11 @@ class LayerSolver:
         if (change := self._mean_change(name, weight, delta)) is not None:
             low_rank.up.bias.add_(change.to(low_rank.up.bias))
         error = objective.error(wanted - weight + delta)
-        return low_rank, LayerReport(
+        directions = None
+        if isinstance(objective, Scaled):
+            mean = mean_input(self._means(name))
+            directions = Directions.of(factors, Factors(*stored), objective, (unit or 1.0) / 2, mean)
+        report = LayerReport(
             name,
             *target.shape,
             rank,
@@ -95,6 +104,7 @@ class LayerSolver:
             trace=factors.trace,
             fisher_cosine=fisher_cosine,
         )
+        return low_rank, report, directions
 
     def _weight(self, name: str) -> Tensor:
         weight = whole_weight(self.targets[name].module)

@@ -1,6 +1,6 @@
 """A compressed model and the record of its making → a folder that from_pretrained loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lowrank.compression.directions import Directions
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write_card
+from hf_lowrank.folder.directions import save_directions
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.fingerprint import fingerprint
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
@@ -38,7 +40,8 @@ def save_compressed(
         LowRankError: the folder exists and `overwrite` is off.
     """
     report, facts = of_original(report, facts, model.name_or_path)
-    save_model(model, tokenizer, folder, overwrite, dtype, {**facts, **report.to_dict()}, also)
+    record = {**facts, **report.to_dict()}
+    save_model(model, tokenizer, folder, overwrite, dtype, record, also, report.directions)
 
 
 def save_model(
@@ -49,8 +52,9 @@ def save_model(
     dtype: torch.dtype | None = None,
     record: dict[str, Any] | None = None,
     also: Callable[[Path], None] | None = None,
+    directions: Mapping[str, Directions] | None = None,
 ) -> None:
-    """As `save_compressed`, for any model, with a record that is complete, or None.
+    """As `save_compressed`, for any model, with a record that is complete, or None; `directions` of its factors.
 
     Raises:
         LowRankError: as `save_compressed`; the model has an adapter, which alone would be saved.
@@ -64,6 +68,7 @@ def save_model(
             tokenizer.save_pretrained(whole)
         if also is not None:
             also(whole)
+        save_directions(directions or {}, model, whole)
         if record is not None:
             record = {**record, "fingerprint": fingerprint(model, whole)}
             if isinstance(model, LowRankMixin):

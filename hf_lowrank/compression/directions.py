@@ -1,0 +1,66 @@
+"""The factors of a layer and the objective they are the best for → what each direction is worth, and where it is.
+
+Factors U D are the same function in every basis of their inner channels. In one of them the channels are the singular
+directions of the scaled weight, the most valuable first, and the best factors of a smaller rank are the first channels:
+Eckart & Young (1936). That basis and the worth of every direction are all that a further truncation needs to know.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.gauge import rotation
+from hf_lowrank.solvers.scaled import Scaled
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of factors `up` [out, r] and `down` [r, in].
+
+    Args:
+        basis: [r, r] in float16: `up @ basis` has the directions for columns, `basis⁻¹ @ down` for rows.
+        worth: [r], what discarding each adds to the expected loss, largest first.
+        mean: [r], the mean input along each, which a bias makes up for; 0 where there is none to do so.
+    """
+
+    basis: Tensor
+    worth: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(
+        cls, ordered: Factors, stored: Factors, sides: Scaled, loss_per_error: float, mean: Tensor | None = None
+    ) -> "Directions":
+        """Those of `stored` factors, from the same ones with the directions in order and the error ‖L Δ Rᵀ‖².
+
+        `mean` is that of the inputs [in], where the bias makes up for what becomes of it.
+        """
+        up, down = ordered.up.double(), ordered.down.double()
+        outputs = (up * sides.left.square(up)).sum(dim=0)  # uᵀ G u of every direction, and d A dᵀ
+        inputs = (down * sides.right.square(down.T).T).sum(dim=1)
+        scale = (inputs / outputs.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(1e-24) ** 0.25
+        basis = torch.linalg.lstsq(stored.up.double(), up * scale).solution
+        basis = (basis / basis.abs().max()).half()
+        along = torch.zeros_like(outputs)
+        if mean is not None:
+            along = torch.linalg.solve(basis.double(), stored.down.double() @ mean.to(up))
+        return cls(basis, (outputs * inputs * loss_per_error).float(), along.float())
+
+    def truncated(self, factors: Factors, rank: int) -> tuple[Factors, "Directions", Tensor]:
+        """The best factors of a smaller rank, in the basis of least loss under rounding, and their directions.
+
+        And what of the mean output [out] is lost with the others. In the scale that `of` gives them the directions have
+        Uᵀ G U = D A Dᵀ: a rotation to equal variances is all that is left to do (see `hf_lowrank.solvers.gauge`).
+        """
+        basis, worth, mean = self.basis.double(), self.worth[:rank], self.mean.double()
+        directions = factors.up.double() @ basis
+        up, down = directions[:, :rank], torch.linalg.solve(basis, factors.down.double())[:rank]
+        turned = rotation(worth.double().clamp_min(0).sqrt().diag())
+        scale = (down.norm() / up.norm()).sqrt() if down.any() else torch.ones_like(up.norm())
+        left = Directions(turned.T.half(), worth, (mean[:rank] / scale).float())
+        return Factors(up @ turned * scale, turned.T @ down / scale), left, directions[:, rank:] @ mean[rank:]
+
+
+PARTS = tuple(part.name for part in fields(Directions))
