@@ -27,6 +27,7 @@ from hf_lowrank.folder.quantizers import Quantization
 from hf_lowrank.folder.style import BLACK, BLUE, GREEN, PURPLE, VERMILLION, new_figure, save_png, styled
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.training.evaluate import evaluate_splits
 
 BATCH = (32, 128)  # sequences × tokens that are timed
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,7 +67,7 @@ def run(options: Options) -> Result:
     """The table, and its picture beside the JSON."""
     if options.model is None or options.task is None:
         raise LowRankError("bytes needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
-    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed)
+    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
     with tempfile.TemporaryDirectory() as scratch:
         forms = [form for name in MODELS for form in forms_of(name, pipeline, Path(scratch))]
         speed = _speeds(forms, options.rounds)
@@ -134,7 +135,7 @@ def _input_embedding(model: PreTrainedModel) -> str:
 
 
 def _score(pipeline: Pipeline, model: Any) -> float:
-    return pipeline.score(model, progress=False)["score"]
+    return evaluate_splits(model, *pipeline.reading, pipeline.validation, progress=False)["score"]
 
 
 def _speeds(forms: list[Form], rounds: int) -> dict[tuple[str, str], str]:

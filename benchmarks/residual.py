@@ -20,6 +20,7 @@ from hf_lowrank.folder.packing import rounded
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.solvers import get_method
+from hf_lowrank.training.evaluate import evaluate_splits
 
 BASES = (2, 3, 4)  # bits of Q(W)
 RANKS = (8, 32)  # of U D, in 8 bits
@@ -29,7 +30,7 @@ def run(options: Options) -> Result:
     """Scores of both forms, the sum at each base and rank, low rank of 4 bits at as many bytes."""
     if options.model is None or options.task is None:
         raise LowRankError("residual needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
-    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed)
+    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
     statistics = pipeline.measure(CompressionConfig().needs)
     means = {name: {k: statistics.mean(k, name) for k in statistics.kinds} for name in find_targets(pipeline.model)}
     rows = [_row("dense", None, pipeline)]
@@ -90,5 +91,5 @@ def _bytes(weight: Tensor, bits: int) -> float:
 
 
 def _row(form: str, size: float | None, pipeline: Pipeline, model: nn.Module | None = None) -> Row:
-    score = pipeline.score(model, progress=False)["score"]
+    score = evaluate_splits(model or pipeline.model, *pipeline.reading, pipeline.validation, progress=False)["score"]
     return {"form": form, "MB": "" if size is None else f"{size / 1e6:.2f}", "score": f"{score:.2f}"}

@@ -52,6 +52,8 @@ def refuse_adapter(model: nn.Module) -> None:
 
 def _quantizer(model: PreTrainedModel) -> str | None:
     """What a model was quantized by, at loading or afterwards."""
+    if "packed_by" in vars(model):  # in this process
+        return "compressed-tensors"
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None and not getattr(config, "dequantize", False):
         return getattr(config.quant_method, "value", str(config.quant_method))

@@ -165,6 +165,8 @@ def test_a_model_that_was_packed_and_run_is_saved_packed(tmp_path: Path) -> None
     floats = sum(parameter.nbytes for parameter in model.parameters())
     quantize_(model, Quantization(4))
     expected = outputs(model)
+    with pytest.raises(LowRankError, match="is quantized by compressed-tensors"):
+        compress(model, CompressionConfig("svd", keep=0.3), progress=False)
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()), expected)
     assert (tmp_path / "model.safetensors").stat().st_size < floats / 2
