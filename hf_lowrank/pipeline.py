@@ -528,8 +528,7 @@ class Pipeline:
             facts["quantization"] = described_quantization(quantization)
         known = self._known() | self.facts | facts
         self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
-        also = None if self.sentences is None else self.sentences.copy_to
-        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, also, **self.facts)
+        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
 
     def save_statistics(self, statistics: Statistics, folder: str | Path, overwrite: bool = False) -> None:
         """Write statistics into a new folder, all of it or nothing.

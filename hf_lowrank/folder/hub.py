@@ -18,7 +18,8 @@ from hf_lowrank.nn.publishing_lowrank import CARD, RECORD, card_for, commit_file
 
 # What belongs to a model. Checkpoints of a training, logs and pickles that may lie in the folder stay where they are.
 UPLOADED = re.compile(
-    r"(?!\.)[^/]+\.(json|safetensors|txt|model|jinja|png|svg)|additional_chat_templates/[^/]+\.jinja|\d+_\w+/[^/]+\.(json|safetensors)|LICENSE|NOTICE|"
+    r"(?!\.)[^/]+\.(json|safetensors|txt|model|jinja|png|svg)|additional_chat_templates/[^/]+\.jinja|LICENSE|NOTICE|"
+    r"\d+_\w+/[^/]+\.(json|safetensors)|"  # what follows the transformer in a folder of sentence-transformers
     + "|".join(map(re.escape, (CARD, *SOURCE_FILES)))
 )
 TRAINING = {"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}

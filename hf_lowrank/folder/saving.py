@@ -1,6 +1,6 @@
 """A compressed model and the record of its making → a folder that from_pretrained loads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write
 from hf_lowrank.folder.directions import save_directions
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.fingerprint import fingerprint
+from hf_lowrank.folder.sentences import copy_modules
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
 from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
@@ -27,21 +28,19 @@ def save_compressed(
     folder: str | Path,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
-    also: Callable[[Path], None] | None = None,
     **facts: Any,
 ) -> None:
     """Write the model, its tokenizer and `compression.json` into a new folder, all of it or nothing.
 
     The weights are stored in `dtype`, or as they are. `facts` (the base model's name, scores, …) join the report in
     the record. Of a model that came compressed already they are brought to the dense original (see `of_original`).
-    `also` writes into the folder what else belongs there.
 
     Raises:
         LowRankError: the folder exists and `overwrite` is off.
     """
     report, facts = of_original(report, facts, model.name_or_path)
     record = {**facts, **report.to_dict()}
-    save_model(model, tokenizer, folder, overwrite, dtype, record, also, report.directions)
+    save_model(model, tokenizer, folder, overwrite, dtype, record, report.directions)
 
 
 def save_model(
@@ -51,7 +50,6 @@ def save_model(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     record: dict[str, Any] | None = None,
-    also: Callable[[Path], None] | None = None,
     directions: Mapping[str, Directions] | None = None,
 ) -> None:
     """As `save_compressed`, for any model, with a record that is complete, or None; `directions` of its factors.
@@ -66,8 +64,7 @@ def save_model(
         model.save_pretrained(whole)
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
-        if also is not None:
-            also(whole)
+        copy_modules(model, whole)
         save_directions(directions or {}, model, whole)
         if record is not None:
             record = {**record, "fingerprint": fingerprint(model, whole)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.locating import resolve
@@ -26,14 +27,10 @@ class Sentences:
     """What makes embeddings of texts out of a transformer's hidden states.
 
     Args:
-        folder: where they are from.
         parts: sentence-transformers' own modules, in their order.
-        paths: their places in the folder.
     """
 
-    folder: Path
     parts: tuple[nn.Module, ...]
-    paths: tuple[str, ...]
 
     @property
     def readout(self) -> Readout | None:
@@ -47,14 +44,25 @@ class Sentences:
             features = part.to(outputs.last_hidden_state.device)(features)
         return features["sentence_embedding"]
 
-    def copy_to(self, folder: Path) -> None:
-        """Write the files beside a transformer that make a sentence-transformers folder of it."""
-        for name in FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
-        for path in self.paths:
-            if (self.folder / path).is_dir():  # older folders have none for what needs no settings
-                shutil.copytree(self.folder / path, folder / path, dirs_exist_ok=True)
+
+def copy_modules(model: PreTrainedModel, folder: Path) -> None:
+    """Write beside a saved model what makes a sentence-transformers folder of it, if it was loaded from one.
+
+    Not of a model that got a head since: what follows the transformer there is for its hidden states.
+    """
+    source = Path(model.name_or_path or "")
+    if not (source / MODULES).is_file() or source.resolve() == folder.resolve():
+        return
+    listed = json.loads((source / MODULES).read_text(encoding="utf-8"))  # whatever it names: copying needs no more
+    paths = [module["path"] for module in listed if module["path"]]
+    if paths and model.base_model is not model:
+        return
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for path in paths:
+        if (source / path).is_dir():  # older folders have none for what needs no settings
+            shutil.copytree(source / path, folder / path, dirs_exist_ok=True)
 
 
 def read_sentences(name: str) -> Sentences | None:
@@ -73,7 +81,7 @@ def read_sentences(name: str) -> Sentences | None:
         raise LowRankError(
             f"the weights in {folder / pickled[0]} are pickled, and are never read: save the model again"
         )
-    return Sentences(folder, _parts(folder, len(listed)), paths)
+    return Sentences(_parts(folder, len(listed)))
 
 
 def embeds_sentences(name: str) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
@@ -24,6 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 from hf_lowrank.errors import LowRankError  # noqa: E402
 from hf_lowrank.folder import hub  # noqa: E402
+from hf_lowrank.folder.saving import save_model  # noqa: E402
 from hf_lowrank.folder.sentences import read_sentences  # noqa: E402
 from hf_lowrank.pipeline import Pipeline  # noqa: E402
 from hf_lowrank.tasks import get_task  # noqa: E402
@@ -109,6 +111,14 @@ def test_texts_alone_are_enough(folder: Path, tmp_path: Path) -> None:
     assert encoded(tmp_path / "small").shape == (3, 24)
     similar = (encoded(tmp_path / "small") * encoded(folder)).sum(axis=1)
     assert (similar > 0.9).all()
+
+
+def test_what_follows_the_transformer_stays_with_it_and_leaves_with_another_head(folder: Path, tmp_path: Path) -> None:
+    body = AutoModel.from_pretrained(folder)
+    save_model(body, tiny_tokenizer(), tmp_path / "again")
+    np.testing.assert_allclose(encoded(tmp_path / "again"), encoded(folder), atol=1e-6)
+    save_model(AutoModelForSequenceClassification.from_pretrained(folder), None, tmp_path / "classifier")
+    assert not (tmp_path / "classifier" / "modules.json").exists()
 
 
 def test_a_cross_encoder_is_one_again(tmp_path: Path, data: Path) -> None:
