@@ -130,6 +130,9 @@ def round_factors(factors: Factors, sides: Scaled, grid: Grid, lookup: bool = Fa
     `down` is rounded first, then what is left of its error is taken up by `up` (least squares), which is rounded with
     the moment of the inner channels as they are by then. With `lookup`, `down` is an embedding, stored [in, r]: what is
     rounded and returned is its transpose.
+
+    What the mean input makes of a change is the same in every token, and adds up. Where there is a bias, round under
+    centred inputs and let the bias make up for it.
     """
     up, down = factors.up.double(), factors.down.double()
     inputs, outputs = sides.right.gram(down.shape[1]), sides.left.gram(len(up))
