@@ -95,9 +95,9 @@ def compress(
     else:
         decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
-    chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
     prefix = None
-    if config.sequential and chosen:
+    if config.sequential and any(rank is not None for rank in ranks.values()):
+        chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
         whose = "model" if statistics is not None and statistics.labels != "data" else "data"
         prefix = Prefix.of(model, chosen, marked_batches(model, chosen, batches or (), whose, progress))
     try:
@@ -224,8 +224,8 @@ def _replace_layers(
                 return stored_parts(low_rank) | (vars(found) if found else {}), asdict(layer)
 
             for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept):
-                dense = targets.pop(name).module  # and it can be freed
-                replace_module(model, name, placed_like(dense, factors))
+                low_rank = placed_like(targets.pop(name).module, factors)  # and the dense layer can be freed
+                replace_module(model, name, low_rank)
                 layers[name] = LayerReport.from_dict(facts)
                 if "worth" in factors:
                     directions[name] = Directions(*(factors[part].cpu() for part in PARTS))
