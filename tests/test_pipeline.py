@@ -41,17 +41,17 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("allocation", ["greedy", "knapsack"])
-def test_it_compresses_as_its_parts_do(place: Path, allocation: str) -> None:
+@pytest.mark.parametrize(("allocation", "sequential"), [("greedy", False), ("knapsack", False), ("greedy", True)])
+def test_it_compresses_as_its_parts_do(place: Path, allocation: str, sequential: bool) -> None:
     pipeline = loaded(place, samples=24, seed=3)
-    report = pipeline.compress(keep=0.5, allocation=allocation)
+    report = pipeline.compress(keep=0.5, allocation=allocation, sequential=sequential)
     again = loaded(place, samples=24, seed=3)
-    config = CompressionConfig(keep=0.5, allocation=allocation)
+    config = CompressionConfig(keep=0.5, allocation=allocation, sequential=sequential)
     loader = calibration_loader(again.model, again.tokenizer, get_task("cola"), place / "data", 24, 16, 3, "model")
     statistics = compute_statistics(again.model, loader, config.needs, origin=again.origin, labels="model")
     profile = again.profile(config, statistics)
     assert (profile is None) == (allocation == "greedy")
-    by_hand, expected = compress(again.model, config, statistics, profile=profile)
+    by_hand, expected = compress(again.model, config, statistics, profile=profile, batches=loader)
     assert equal(weights(pipeline.model), weights(by_hand))
     assert report.parameters_after == expected.parameters_after < expected.parameters_before
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import from_everyone, shared_errors, summed
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.predictions import unlabelled
 from hf_lowrank.model.targets import Target, weight_shape
 from hf_lowrank.model.weights import sums_device
 from hf_lowrank.nn.editing_lowrank import replace_by_identity
@@ -354,7 +355,7 @@ def _giving(block: nn.Module, output: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _forward(model: nn.Module, batch: Batch) -> None:
-    model(**batch)
+    model(**unlabelled(model, batch))  # which need not be known
 
 
 def _list_of(block: str) -> str:
