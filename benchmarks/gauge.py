@@ -26,7 +26,7 @@ from hf_lowrank.solvers.scaled import Scaled
 from hf_lowrank.tasks import collator, get_task
 from hf_lowrank.training.evaluate import evaluate_splits
 
-RATIOS, STUDIED = (0.33, 0.2, 0.1), 0.1
+RATIOS, STUDIED = (0.33, 0.2, 0.1), (0.2, 0.1)
 COMPARED_ROWS = 96
 
 Gauge = Callable[[Factors, Scaled, int], Factors]
@@ -99,8 +99,9 @@ def run(options: Options) -> Result:
     if options.model is None or options.task is None:
         raise LowRankError("gauge needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     study = Study(options)
-    rows, scores = list(study.changes(STUDIED)), [study.scores(ratio) for ratio in RATIOS]
-    title = f"Relative change of the outputs in percent by rounding, on {study.task.name} at {STUDIED:.0%} of the ranks"
+    rows = [row for ratio in STUDIED for row in study.changes(ratio)]
+    scores = [study.scores(ratio) for ratio in RATIOS]
+    title = f"Relative change of the outputs in percent by rounding, on {study.task.name}"
     notes = [
         "The mean of three rotations, or of --rounds. Weights and activations are rounded as quantizers do, in float.",
         "",
@@ -129,12 +130,12 @@ class Study:
     def changes(self, ratio: float) -> Iterator[Row]:
         """A row for every gauge: what every scheme changes in the outputs, and the dense model's."""
         start, dense = self.low_rank(ratio), self.model.eval()
-        yield {"gauge": "(dense)"} | self._change([dense], dense)
+        yield {"ranks": "100%", "gauge": "(dense)"} | self._change([dense], dense)
         with bar("gauges", len(GAUGES), "gauges") as shown:
             for name, gauge in GAUGES.items():
                 seeds = self.seeds if name != "balanced" else range(1)
                 models = [self.turned(start, gauge, seed) for seed in seeds]
-                yield {"gauge": name} | self._change(models, start)
+                yield {"ranks": f"{ratio:.0%}", "gauge": name} | self._change(models, start)
                 shown.update()
 
     def scores(self, ratio: float) -> Row:
