@@ -19,6 +19,7 @@ from benchmarks import (
     experts,
     fisher,
     gauge,
+    heal,
     house,
     labels,
     layer,
@@ -31,6 +32,7 @@ from benchmarks import (
     residual,
     scaling,
     sequential,
+    shrink,
     startup,
     truncated_svd,
 )
@@ -59,12 +61,14 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "convolutions": convolutions.run,
     "experts": experts.run,
     "gauge": gauge.run,
+    "heal": heal.run,
+    "shrink": shrink.run,
     "house": house.run,
     "labels": labels.run,
     "mutation": mutation.run,
 }
 
-NEED_MODEL = ("attention", "bytes", "calibration", "labels", "profile", "residual", "sequential")
+NEED_MODEL = ("attention", "bytes", "calibration", "heal", "labels", "profile", "residual", "sequential", "shrink")
 BY_NAME = ("mutation",)  # too long to be run along with the others
 
 DESCRIPTION = """\
@@ -91,6 +95,8 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
   experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
   gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
+  heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
+  shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
   house          the rooms of the library, and the arrows between them                     seconds
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
