@@ -1,8 +1,8 @@
 """Layers → the time that each takes at a rank, measured on this machine."""
 
 import statistics
-import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from hf_lowrank.allocation import Budget, Layer
 from hf_lowrank.allocation.costs import ONCE, Cost, Shape, Uses
 from hf_lowrank.jobs.distributed import on_main
+from hf_lowrank.jobs.turns import seconds_in_turns
 from hf_lowrank.model.targets import Target
 
 # Time is measured for this many tokens at once, at this many ranks from small to break-even, and interpolated.
@@ -73,12 +74,5 @@ def _curve(kind: Kind, dtype: torch.dtype, device: torch.device) -> Curve:
 @torch.inference_mode()
 def _alternate(layers: list[nn.Module], x: torch.Tensor) -> list[float]:
     """The median time of each layer, taken in turn so that all meet the same conditions."""
-    times: list[list[float]] = [[] for _ in layers]
-    for _ in range(LATENCY_REPEATS + 1):
-        for layer, seen in zip(layers, times, strict=True):
-            started = time.perf_counter()
-            layer(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            seen.append(time.perf_counter() - started)
-    return [statistics.median(seen[1:]) for seen in times]
+    calls = {number: partial(layer, x) for number, layer in enumerate(layers)}
+    return [statistics.median(seen) for seen in seconds_in_turns(calls, LATENCY_REPEATS, x.device).values()]

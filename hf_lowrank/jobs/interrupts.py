@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,24 +11,38 @@ from typing import Any
 MINUTES = 5.0  # between two checkpoints of a pass over the data: what a crash without a signal may cost
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_undivided = 0
-_first: int | None = None
-_kept: Path | None = None
+
+
+@dataclass
+class _State:
+    """What a handler of signals must know of its process, of which there is one.
+
+    Args:
+        steps: undivided ones that are being done, one within the other.
+        first: the signal that asked the job to end.
+        kept: where its unfinished work can be resumed from.
+    """
+
+    steps: int = 0
+    first: int | None = None
+    kept: Path | None = None
+
+
+_state = _State()
 
 
 class Stopped(BaseException):
     """A signal has asked the job to end."""
 
     def __init__(self, number: int) -> None:
-        kept = f"; what is done is kept in {_kept}, and --resume goes on from there" if _kept is not None else ""
+        kept = f"; what is done is kept in {_state.kept}, and --resume goes on from there" if _state.kept else ""
         super().__init__(f"stopped by {signal.Signals(number).name}{kept}")
         self.number = number
 
 
 def kept_in(folder: Path | None) -> None:
     """From now on, work that is stopped can be resumed from `folder`."""
-    global _kept
-    _kept = folder
+    _state.kept = folder
 
 
 @contextmanager
@@ -36,12 +51,11 @@ def ending_in_order() -> Iterator[None]:
 
     Launchers pass one Ctrl-C on as SIGTERM, so that a further SIGTERM means nothing new.
     """
-    global _first
     before: dict[int, Any] = {number: signal.signal(number, _arrived) for number in _SIGNALS}
     try:
         yield
     finally:
-        _first = None
+        _state.first = None
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -49,22 +63,20 @@ def ending_in_order() -> Iterator[None]:
 @contextmanager
 def undivided() -> Iterator[None]:
     """A step that a signal does not cut in two."""
-    global _undivided
-    _undivided += 1
+    _state.steps += 1
     try:
         yield
     finally:
-        _undivided -= 1
-    if _first is not None and not _undivided:
-        raise Stopped(_first)
+        _state.steps -= 1
+    if _state.first is not None and not _state.steps:
+        raise Stopped(_state.first)
 
 
 def _arrived(number: int, frame: FrameType | None) -> None:
-    global _first
-    if _first is not None:
+    if _state.first is not None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         return
-    _first = number
-    if not _undivided:
+    _state.first = number
+    if not _state.steps:
         raise Stopped(number)

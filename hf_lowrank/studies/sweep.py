@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from hf_lowrank.jobs.claims import differences
 from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.jobs.turns import Call, seconds_in_turns
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.pipeline import Pipeline
@@ -150,17 +152,10 @@ class _Bench:
     def _relative_latency(self, low_rank: PreTrainedModel) -> float:
         """The time of a batch relative to the dense model's, the median of rounds in which both take turns."""
         batch = {key: value.to(self.model.device) for key, value in self.batch.items() if key != "labels"}
-        ratios = []
-        for _ in range(LATENCY_ROUNDS + 1):
-            seconds = []
-            for model in (self.model.eval(), low_rank.eval()):
-                started = time.perf_counter()
-                model(**batch)
-                if self.model.device.type == "cuda":
-                    torch.cuda.synchronize(self.model.device)
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[1] / seconds[0])
-        return median(ratios[1:])
+        models = {"dense": self.model.eval(), "low_rank": low_rank.eval()}
+        calls: dict[str, Call] = {name: partial(model, **batch) for name, model in models.items()}
+        seconds = seconds_in_turns(calls, LATENCY_ROUNDS, self.model.device)
+        return median(low / dense for dense, low in zip(seconds["dense"], seconds["low_rank"], strict=True))
 
     def _claim(self) -> None:
         """Note what the folder's results are of, or raise where that is something else."""

@@ -12,8 +12,9 @@ from torch import nn
 
 from hf_lowrank import CompressionConfig, LowRankError, LowRankLinear, cli, compress
 from hf_lowrank.folder.saving import read_record, save_compressed
+from hf_lowrank.jobs.turns import seconds_in_turns
 from hf_lowrank.studies.bench import BenchConfig, BenchRecord, Case, bench
-from hf_lowrank.studies.bench.measure import operations, peak_bytes, seconds_in_turns
+from hf_lowrank.studies.bench.measure import operations, peak_bytes
 from hf_lowrank.studies.plots.bench import bench_figure
 from tests.helpers import tiny_bert, tiny_llama, tiny_t5
 

@@ -1,38 +1,13 @@
-"""A call → its seconds, in turns with another; its arithmetic; the memory it takes at its peak."""
+"""A call → its arithmetic; the memory it takes at its peak."""
 
 import os
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-Call = Callable[[], Any]
-
-
-def seconds_in_turns(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call in every round, taken in turn (A B A B …), after two rounds that are not counted.
-
-    In turns all are under the same conditions, so that ratios within a round are fair on a shared machine.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-2, rounds):
-        for name, call in calls.items():
-            _wait(device)
-            started = time.perf_counter()
-            call()
-            _wait(device)
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def _wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from hf_lowrank.jobs.turns import Call
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:

@@ -17,8 +17,9 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.densify import densify_folder
 from hf_lowrank.folder.reading import load_whole, own_class, read_config
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.jobs.turns import Call, seconds_in_turns
 from hf_lowrank.studies.bench.machine import machine_facts
-from hf_lowrank.studies.bench.measure import Call, operations, peak_bytes, seconds_in_turns
+from hf_lowrank.studies.bench.measure import operations, peak_bytes
 from hf_lowrank.studies.bench.record import DENSE, LOW, BenchRecord, Case
 
 LOADS = 5  # of each model, after one that is not counted
@@ -126,7 +127,11 @@ def _time_loading(
             if turn > 0:
                 loaded[which].append(between - started)
                 answered[which].append(time.perf_counter() - started)
-    return tuple({which: statistics.median(s) for which, s in times.items()} for times in (loaded, answered))  # type: ignore[return-value]
+    return _medians(loaded), _medians(answered)
+
+
+def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {which: statistics.median(taken) for which, taken in seconds.items()}
 
 
 def _cases(
