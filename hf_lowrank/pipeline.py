@@ -37,6 +37,7 @@ from hf_lowrank.model.weights import model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.container import statistics_digest
 from hf_lowrank.statistics.labels import ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
@@ -225,8 +226,10 @@ class Pipeline:
         """
         return with_embeddings(self.model, config)
 
-    def check(self, config: CompressionConfig) -> None:
-        """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
+    def prepared(self, config: CompressionConfig) -> CompressionConfig:
+        """The config as `settled`, once it is known that the model can be compressed so, before anything is measured.
+
+        Whose labels statistics are by is from now on as the config's method asks, unless it was given.
 
         Args:
             config: how to compress.
@@ -234,7 +237,10 @@ class Pipeline:
         Raises:
             LowRankError: as `check_possible`.
         """
+        self.labels = self.labels_for(config)
+        config = self.settled(config)
         check_possible(self.model, config)
+        return config
 
     def check_dense(self) -> None:
         """Raise where the model was compressed before, and so is no teacher of what it becomes.
@@ -248,15 +254,12 @@ class Pipeline:
                 "it without healing, and heal the result with the dense model as teacher"
             )
 
-    def calibration_digest(self) -> str:
-        """A digest of the calibration samples, the same for any number of processes."""
-        return data_digest(self.calibration)
-
     def begin(
         self,
         folder: str | Path,
         settings: Mapping[str, Any],
-        data: str | None = None,
+        statistics: Path | None = None,
+        measures: bool = True,
         overwrite: bool = False,
         resume: bool = False,
         checkpoint_minutes: float = MINUTES,
@@ -268,7 +271,8 @@ class Pipeline:
         Args:
             folder: a place of its own.
             settings: what is to be done, in plain facts.
-            data: a digest of the samples, or of the statistics in their place (see `calibration_digest`).
+            statistics: where they are saved, if they were measured before.
+            measures: whether something is measured on the calibration samples.
             overwrite: let go of work that is there.
             resume: go on with it.
             checkpoint_minutes: between two checkpoints of a pass over the data.
@@ -277,9 +281,10 @@ class Pipeline:
             LowRankError: as `Work.open`.
         """
         known = {"task": self.task and self.task.name, "batch_size": self.batch_size, "labels": self.labels}
+        samples = data_digest(self.calibration) if measures and statistics is None else None
         key = {
             "model": model_digest(self.model),
-            "data": data,
+            "data": statistics_digest(statistics) if statistics is not None else samples,
             "settings": {**settings, **known},
             "seed": self.seed,
             "versions": versions(),

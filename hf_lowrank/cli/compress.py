@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -158,7 +158,7 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     pipeline.finish()
     if given.push_to_hub is not None:
         pipeline.facts["address"] = push_folder(given.output, given.push_to_hub)
-    _show(pipeline, given, time.perf_counter() - started)
+    _show(pipeline.report, pipeline.facts, pipeline.task, given, time.perf_counter() - started)
 
 
 def _compressed(model: str, task: "Task | None", config: CompressionConfig, given: CompressOptions) -> "Pipeline":
@@ -167,28 +167,21 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     from hf_lowrank.folder.loading import load_trained
     from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.statistics import Statistics
-    from hf_lowrank.statistics.container import statistics_digest
 
     memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
-    config = pipeline.settled(config)
-    pipeline.labels = pipeline.labels_for(config)
-    pipeline.check(config)
+    config = pipeline.prepared(config)
     if given.heal:
         pipeline.check_dense()
     pipeline.facts["memory"] = memory
     if given.score and task is not None and task.is_scored:
         pipeline.score_dense()
-    measured, data = None, None
-    if given.statistics is not None:
-        measured = Statistics.load(given.statistics) if config.needs else None
-        if measured is not None and given.calibration.labels is not None:
-            measured.check_labels(given.calibration.labels)
-        data = statistics_digest(given.statistics)
-    elif config.needs:
-        data = pipeline.calibration_digest()
+    measured = Statistics.load(given.statistics) if given.statistics is not None and config.needs else None
+    if measured is not None and given.calibration.labels is not None:
+        measured.check_labels(given.calibration.labels)
     settings = asdict(config) | vars(given.search) | ({"heal": True} if given.heal else {})
-    pipeline.begin(work_folder(given.output), settings, data, **vars(given.job))
+    source: Any = (given.statistics, bool(config.needs))
+    pipeline.begin(work_folder(given.output), settings, *source, **vars(given.job))
     if given.search.given:
         pipeline.search(config, measured, **vars(given.search))
     else:
@@ -198,12 +191,10 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     return pipeline
 
 
-def _show(pipeline: "Pipeline", given: CompressOptions, seconds: float) -> None:
+def _show(report: Any, facts: dict[str, Any], task: "Task | None", given: CompressOptions, seconds: float) -> None:
     """What became of the model."""
     from hf_lowrank.training.divergence import Divergence
 
-    report, facts = pipeline.report, pipeline.facts
-    assert report is not None
     if given.as_json:
         return print_json({**facts, "output": str(given.output), **report.to_dict()})
     console.print(report if given.verbose else report.summary(), highlight=False)
@@ -211,11 +202,10 @@ def _show(pipeline: "Pipeline", given: CompressOptions, seconds: float) -> None:
         from hf_lowrank.cli.heal import healed_line
 
         console.print(healed_line(facts["healing"]), highlight=False)
-    if "score_compressed" in facts and pipeline.task is not None:
+    if "score_compressed" in facts and task is not None:
         before = "given" if "score_given" in facts else "dense"
         console.print(
-            f"{pipeline.task.score} {facts[f'score_{before}']:.2f} {before} → "
-            f"{facts['score_compressed']:.2f} compressed"
+            f"{task.score} {facts[f'score_{before}']:.2f} {before} → {facts['score_compressed']:.2f} compressed"
         )
     if given.score:
         console.print(Divergence.from_dict(facts["divergence"]["compressed"]), highlight=False)

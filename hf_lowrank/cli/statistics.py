@@ -82,5 +82,5 @@ def _measured(model: str, task: "Task | None", given: StatisticsOptions) -> Any:
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
     pipeline.labels = pipeline.labels_for(CompressionConfig("kfac"))
     settings = {"kinds": given.kinds, **vars(given.layers)}
-    pipeline.begin(work_folder(given.output), settings, pipeline.calibration_digest(), **vars(given.job))
+    pipeline.begin(work_folder(given.output), settings, **vars(given.job))
     return pipeline, pipeline.measure(given.kinds, **given.layers.patterns)
