@@ -1,5 +1,6 @@
 """hf-lowrank quantize: a model's weights in 8 or 4 bits."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,33 +16,50 @@ if TYPE_CHECKING:
     from hf_lowrank.tasks.task import Task
 
 
-@command("quantize")
-def quantize_command(
-    folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
-    output: Annotated[Path, typer.Argument(help="Where the quantized model goes.", metavar="OUT")],
-    data: DataOptions,
-    bits: Annotated[int, typer.Option(help="Of a weight: 8 or 4.")] = 8,
-    library: Annotated[
-        str, typer.Option(help=f"Which library quantizes, and loads it: {', '.join(QUANTIZERS)}.")
-    ] = "compressed-tensors",
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """The options of `hf-lowrank quantize`, in the order of its help."""
+
+    data: DataOptions
+    bits: Annotated[int, typer.Option(help="Of a weight: 8 or 4.")] = 8
+    library: Annotated[str, typer.Option(help=f"Which library quantizes, and loads it: {', '.join(QUANTIZERS)}.")] = (
+        "compressed-tensors"
+    )
     scheme: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {meaning}" for name, meaning in SCHEMES.items()) + ".")
-    ] = "weight-only",
+    ] = "weight-only"
     embedding_bits: Annotated[
         int | None,
         typer.Option(
             help="Of embeddings: 8, 4, or 0 to leave them, as vLLM and SGLang read no others. "
             "[dim]Default: 8 by compressed-tensors, which alone can.[/dim]"
         ),
-    ] = None,
+    ] = None
     dtype: Annotated[
         str | None,
         typer.Option(help=f"Of what is not quantized, scales among it: {', '.join(DTYPES)}. Default: as stored."),
-    ] = None,
+    ] = None
     task: Annotated[
         str | None, typer.Option(help=f"Score it before and after on the validation data: {', '.join(NAMES)}.")
-    ] = None,
-    overwrite: OverwriteOption = False,
+    ] = None
+    overwrite: OverwriteOption = False
+
+    def quantization(self) -> Quantization:
+        """What is to be done.
+
+        Raises:
+            LowRankError: as `Quantization` and its `check_here`.
+        """
+        chosen = Quantization(self.bits, self.library, self.scheme, self.embedding_bits, self.dtype)
+        chosen.check_here()
+        return chosen
+
+
+@command("quantize")
+def quantize_command(
+    folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
+    output: Annotated[Path, typer.Argument(help="Where the quantized model goes.", metavar="OUT")],
+    given: QuantizeOptions,
 ) -> None:
     """Store a model's weights in 8 or 4 bits, by a library that transformers loads it with.
 
@@ -50,24 +68,23 @@ def quantize_command(
 
     Example: hf-lowrank quantize ./bert-stsb-lowrank ./bert-stsb-int8 --task stsb
     """
-    quantization = Quantization(bits, library, scheme, embedding_bits, dtype)
-    quantization.check_here()
-    the_task = None if task is None else data.of_task(task)
-    refuse_taken(output, overwrite)
+    quantization = given.quantization()
+    task = None if given.task is None else given.data.of_task(given.task)
+    refuse_taken(output, given.overwrite)
 
     from hf_lowrank.cli.work import refuse_inputs
     from hf_lowrank.folder.quantize import quantize_folder
 
     refuse_inputs(output, folder)
-    told = quantize_folder(folder, output, quantization, overwrite)
+    told = quantize_folder(folder, output, quantization, given.overwrite)
     console.print(
-        f"saved to {output}: {told.layers} layers of {bits} bits, {told.bytes_before / 1e6:.1f} MB → "
+        f"saved to {output}: {told.layers} layers of {given.bits} bits, {told.bytes_before / 1e6:.1f} MB → "
         f"{told.bytes_after / 1e6:.1f} MB",
         highlight=False,
     )
-    if the_task is not None:
-        before, after = _scores(folder, output, the_task, data.data_dir)
-        console.print(f"{the_task.score} {before:.2f} before → {after:.2f} quantized", highlight=False)
+    if task is not None:
+        before, after = _scores(folder, output, task, given.data.data_dir)
+        console.print(f"{task.score} {before:.2f} before → {after:.2f} quantized", highlight=False)
 
 
 def _scores(before: Path, after: Path, task: "Task", data_dir: Path | None) -> tuple[float, float]:

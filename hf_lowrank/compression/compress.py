@@ -69,12 +69,12 @@ def compress(
             batches, or with layers that it is not for.
     """
     model = unwrapped(model)
-    before, now = dense_parameters(model), model.num_parameters()
     targets = checked_targets(model, config)
     solver = layer_solver(targets, config, statistics)
     if config.sequential and batches is None:
         raise LowRankError("sequential factors need the samples once more: give `batches`, those of the statistics")
     earlier, started = earlier_steps(model), time.perf_counter()
+    before, now = dense_parameters(model), model.num_parameters()
     left = unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
 
