@@ -108,8 +108,8 @@ def test_push_publishes_a_folder_in_one_commit(client: Client, hub: LoopbackHub,
     assert pushed(reply)["address"].startswith(f"{hub.url}/alice/small/commit/")
     assert hub.store.log("alice/small") == ["First version", "initial commit"]
     files = hub.files("alice/small")
-    assert set(files) == PUBLISHED  # and nothing of what training left there
-    for name in PUBLISHED - {"README.md"}:
+    assert set(files) == PUSHED_FOLDER  # and nothing of what training left there
+    for name in PUSHED_FOLDER - {"README.md"}:
         assert files[name] == (place / "small" / name).read_bytes(), name
     card = ModelCard(files["README.md"].decode())
     assert 'from_pretrained("alice/small", trust_remote_code=True)' in card.text
@@ -171,7 +171,7 @@ def test_compress_publishes_what_it_made(client: Client, hub: LoopbackHub, place
     words = ["compress", "base", "--task", "cola", "--data-dir", "data", "--method", "svd", "--output", "made"]
     reply = client.command(*words, "--evaluate", "--push-to-hub", "alice/made", "--json")
     assert pushed(reply)["address"].startswith(f"{hub.url}/alice/made/commit/")
-    assert set(hub.files("alice/made")) == PUBLISHED
+    assert set(hub.files("alice/made")) == PUSHED_FOLDER
     record = json.loads(hub.files("alice/made")["compression.json"])
     scores = ModelCard(hub.files("alice/made")["README.md"].decode()).data.eval_results
     assert [result.metric_value for result in scores or []] == [round(record["score_compressed"], 4)]
