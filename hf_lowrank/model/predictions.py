@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_lowrank.errors import LowRankError
 
-IGNORED, UNKNOWN, UNKNOWN_NUMBER = -100, -1, math.inf  # labels of tokens that do not count; of what has none
+IGNORED, UNKNOWN, UNKNOWN_NUMBER = -100, -1, -math.inf  # labels of tokens that do not count; of what has none
 
 # From a model's outputs and its batch to what counts of them [batch, features], such as pooled embeddings.
 Readout = Callable[[Any, dict[str, Any]], Tensor]
