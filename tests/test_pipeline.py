@@ -41,6 +41,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "sequential"), [("greedy", False), ("knapsack", False), ("greedy", True)])
 def test_it_compresses_as_its_parts_do(place: Path, allocation: str, sequential: bool) -> None:
     pipeline = loaded(place, samples=24, seed=3)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import Profile, Ranks, Spectrum, allocate, check_budget
@@ -69,12 +70,15 @@ def compress(
             batches, or with layers that it is not for.
     """
     model = unwrapped(model)
+    started, before, factorized = time.perf_counter(), dense_parameters(model), factorized_layers(model)
     targets = checked_targets(model, config)
+    earlier = earlier_steps(model, factorized)
+    others = [Target.of(name, layer) for name, layer in factorized.items() if name not in targets]
+    del factorized  # so that what is replaced can be freed
     solver = layer_solver(targets, config, statistics)
     if config.sequential and batches is None:
         raise LowRankError("sequential factors need the samples once more: give `batches`, those of the statistics")
-    earlier, started = earlier_steps(model), time.perf_counter()
-    before, now = dense_parameters(model), model.num_parameters()
+    now = model.num_parameters()
     left = unreached(targets, statistics)
     spectrum = _divided_spectra(solver, progress, work)
 
@@ -110,8 +114,6 @@ def compress(
     if statistics is not None and config.needs:
         described = {"samples": statistics.samples, "labels": statistics.labels, "origin": statistics.origin}
     seconds, ordered = time.perf_counter() - started, tuple(layers[name] for name in ranks)
-    others = {name: layer for name, layer in factorized_layers(model).items() if name not in layers}
-    rest = tuple(kept_report(Target.of(name, layer)) for name, layer in others.items())
     report = CompressionReport(
         asdict(config),
         before,
@@ -120,7 +122,7 @@ def compress(
         ordered,
         described,
         earlier,
-        untouched=rest,
+        untouched=tuple(map(kept_report, others)),
         directions=directions,
         bits=bits,
     )
@@ -155,10 +157,9 @@ def check_possible(model: PreTrainedModel, config: CompressionConfig) -> None:
     Raises:
         LowRankError: as `checked_targets` and `check_budget`.
     """
-    targets, before = checked_targets(model, config), dense_parameters(model)
-    saved = before - model.num_parameters()
-    layers = layers_for(config.budget, model, targets)
-    check_budget(layers, before, config.budget, config.spread, config.form, saved)
+    layers = layers_for(config.budget, model, checked_targets(model, config))
+    before = dense_parameters(model)
+    check_budget(layers, before, config.budget, config.spread, config.form, before - model.num_parameters())
 
 
 def present_share(model: PreTrainedModel, config: CompressionConfig, statistics: Statistics | None) -> float:
@@ -173,12 +174,15 @@ def present_share(model: PreTrainedModel, config: CompressionConfig, statistics:
     return sum(report.parameters_after for report in reports) / sum(report.parameters_before for report in reports)
 
 
-def earlier_steps(model: PreTrainedModel) -> tuple[dict[str, Any], ...]:
-    """What is known of earlier compressions of a model: of one in another process only how small it became."""
+def earlier_steps(model: PreTrainedModel, factorized: Mapping[str, nn.Module]) -> tuple[dict[str, Any], ...]:
+    """What is known of earlier compressions of a model, by its factorized layers if there is no report of them.
+
+    Of a compression in another process that is only how small the model became.
+    """
     report: CompressionReport | None = getattr(model, "compression_report", None)
     if report is not None:
         return (*report.earlier, report.step())
-    return ({"parameters_after": model.num_parameters()},) if factorized_layers(model) else ()
+    return ({"parameters_after": model.num_parameters()},) if factorized else ()
 
 
 def unreached(targets: Mapping[str, Target], statistics: Statistics | None) -> set[str]:

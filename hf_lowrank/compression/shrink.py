@@ -47,7 +47,7 @@ def shrink(
     known = {name: target for name, target in targets.items() if name in directions}
     if not known:
         raise LowRankError("it is not known of any layer what its directions are worth: compress the dense model anew")
-    before, earlier = dense_parameters(model), earlier_steps(model)
+    before, earlier = dense_parameters(model), earlier_steps(model, factorized_layers(model))
     layers = {name: as_layer(target) for name, target in known.items()}
     budget = _of_model(config, model, {name: as_layer(target) for name, target in targets.items()})
     spectrum = {name: _spectrum(directions[name], layer) for name, layer in layers.items()}

@@ -10,6 +10,7 @@ from rich.table import Table
 from hf_lowrank.allocation.budget import BUDGETS
 from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.reading import low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.folder.scores import WORDS
@@ -43,7 +44,7 @@ def inspect(folder: str) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "parameters": parameters,
         "parameters_dense": parameters + saved,
-        "bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
+        "bytes": weights_bytes(Path(folder)),
         "layers": {name: layers[name] for name in sorted(layers, key=lambda name: in_order.get(name, len(in_order)))},
         "record": record,
     }

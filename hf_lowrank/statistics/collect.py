@@ -112,10 +112,12 @@ def compute_statistics(
     """
     check_kinds(kinds)
     model = unwrapped(model)
-    if work is not None and is_sharded(model):
+    sharded = is_sharded(model)
+    if work is not None and sharded:
         raise LowRankError("statistics of a model sharded by FSDP2 cannot be checkpointed; call without `work`")
     targets = find_targets(model, include, exclude)
     check_weights(targets)
+    devices = {name: torch.device(device or sums_device(target.module)) for name, target in targets.items()}
     _refuse_embeddings(targets, kinds)
     plan, source = passes(kinds), labels_of(labels, (origin or {}).get("seed", 0))
     checkpoints = None if work is None else Checkpoints(work, source.origin)
@@ -124,8 +126,7 @@ def compute_statistics(
         if measured is not None and _settled(measured):
             break
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
-        place = None if device is None else torch.device(device)
-        run = _Pass(model, targets, part, measured, place, split, source)
+        run = _Pass(model, sharded, targets, devices, part, measured, split, source)
         together = nullcontext() if run.sharded else shared_errors()  # sharded models go step by step
         shown_by = bar(title, _length(loader), "samples", progress)
         with shown_by as shown, measuring(model, targets, run.recorder), together:
@@ -192,25 +193,25 @@ class _Pass:
     def __init__(
         self,
         model: PreTrainedModel,
+        sharded: bool,
         targets: dict[str, Target],
+        devices: dict[str, torch.device],
         kinds: Sequence[str],
         given: Statistics | None,
-        device: torch.device | None,
         split: Split | None,
         labels: Labels,
     ) -> None:
-        self.model, self.targets, self.given, self.device, self.split = model, targets, given, device, split
-        self.source = labels
+        self.model, self.sharded, self.targets, self.devices = model, sharded, targets, devices
+        self.given, self.split, self.source = given, split, labels
         self.kinds = [kind for kind in kinds if not KINDS[kind].of_input]
         of_input = [kind for kind in kinds if KINDS[kind].of_input]
-        self.shared = InputSums(of_input, targets, device) if of_input else None
+        self.shared = InputSums(of_input, targets, devices) if of_input else None
         self.contexts: dict[tuple[str, str], Any] = {}
         # Whether batches are run at once: decided on the first one with two samples, and not done until then.
         self.together: bool | None = False if split is not None else None
         self.sums = self._empty(self.kinds)
         self.seen = self.samples = self.tokens = self.labels = self.batches = 0
         self.loss, self.regression = 0.0, False
-        self.sharded = is_sharded(model)
         self.place = PartialState().device if model.device.type == "meta" else model.device  # offloaded: hooks move it
         self.finite: dict[str, Tensor] = {}
         self.recorder = Recorder()
@@ -383,9 +384,8 @@ class _Pass:
     def _empty(self, kinds: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, target in self.targets.items():
-            device = self.device or sums_device(target.module)
             for kind in kinds:
-                sums[kind][name] = torch.zeros(sum_shape(kind, target), dtype=torch.float32, device=device)
+                sums[kind][name] = torch.zeros(sum_shape(kind, target), device=self.devices[name])
         return sums
 
 

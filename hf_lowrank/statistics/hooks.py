@@ -184,6 +184,7 @@ def measuring(model: nn.Module, targets: dict[str, Target], recorder: Recorder) 
     Stacked experts are unstacked where some of their layers are targets. Modes, `requires_grad`, hooks, config and
     modules are as before afterwards, also after an exception.
     """
+    tied = {name: tied_targets(model, target) for name, target in targets.items()}
     with unstacked(model, targets):
         modes = {module: module.training for module in model.modules()}
         config = getattr(model, "config", None)
@@ -196,7 +197,7 @@ def measuring(model: nn.Module, targets: dict[str, Target], recorder: Recorder) 
                 parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
             for target in targets.values():
                 handles.append(recorder.watch(target))
-                handles += [recorder.watch(tied, embedding=target.name) for tied in tied_targets(model, target)]
+                handles += [recorder.watch(other, embedding=target.name) for other in tied[target.name]]
             experts = [module for module in model.modules() if isinstance(module, UnstackedExperts)]
             handles += [recorder.watch_routing(module) for module in experts]
             yield

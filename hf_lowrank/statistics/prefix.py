@@ -65,7 +65,7 @@ class _ActiveTokens(InputSums):
     """In place of sums, which tokens were active for each layer in the batch at hand."""
 
     def __init__(self, targets: dict[str, Target]) -> None:
-        super().__init__((), targets, None)
+        super().__init__((), targets, {})
         self.active: dict[str, Tensor] = {}
 
     def _add(self, readers: tuple[str, ...], x: Tensor, arrived: list[Tensor]) -> None:
@@ -79,7 +79,8 @@ class _Marking(_Pass):
     shared: _ActiveTokens
 
     def __init__(self, model: PreTrainedModel, targets: dict[str, Target], labels: Labels) -> None:
-        super().__init__(model, targets, (), None, None, None, labels)
+        devices = {name: sums_device(target.module) for name, target in targets.items()}
+        super().__init__(model, False, targets, devices, (), None, None, labels)
         self.shared = _ActiveTokens(targets)
         self.marked: list[Marked] = []
 

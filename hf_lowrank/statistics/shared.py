@@ -1,6 +1,6 @@
 """Sums that depend on a layer's input alone: one for all layers that read the same tokens, as q, k and v do."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from hf_lowrank.jobs.distributed import from_everyone, summed
 from hf_lowrank.model.targets import Target
-from hf_lowrank.model.weights import sums_device
 from hf_lowrank.statistics.kinds import accumulate, active_tokens, completed, sum_shape
 
 
@@ -27,8 +26,8 @@ class InputSums:
     targeted layers that read it, or for none: it is active if the loss depends on what any of them makes of it.
     """
 
-    def __init__(self, kinds: Sequence[str], targets: dict[str, Target], device: torch.device | None) -> None:
-        self.kinds, self.targets, self.device = kinds, targets, device
+    def __init__(self, kinds: Sequence[str], targets: dict[str, Target], devices: Mapping[str, torch.device]) -> None:
+        self.kinds, self.targets, self.devices = kinds, targets, devices
         self.cells: dict[str, _Cell] = {}
         self.waiting: dict[Hashable, tuple[tuple[str, ...], Tensor, list[Tensor]]] = {}
 
@@ -57,7 +56,7 @@ class InputSums:
     def restore(self, sums: dict[str, Tensor], members: list[list[str]]) -> None:
         """Go on from a `state`."""
         for n, names in enumerate(members):
-            device = self.device or sums_device(self.targets[names[0]].module)
+            device = self.devices[names[0]]
             self._assign(names, {kind: sums[f"{n}/{kind}"].to(device, copy=True) for kind in self.kinds})
 
     def result(self) -> dict[str, dict[str, Tensor]]:
@@ -110,6 +109,5 @@ class InputSums:
         self.cells |= dict.fromkeys(cell.members, cell)
 
     def _zeros(self, name: str) -> dict[str, Tensor]:
-        target = self.targets[name]
-        device = self.device or sums_device(target.module)
-        return {kind: torch.zeros(sum_shape(kind, target), device=device) for kind in self.kinds}
+        shapes = {kind: sum_shape(kind, self.targets[name]) for kind in self.kinds}
+        return {kind: torch.zeros(shape, device=self.devices[name]) for kind, shape in shapes.items()}

@@ -60,6 +60,7 @@ def test_compress_and_inspect_speak_of_the_original(
     assert f"of the dense model's {first['parameters_before']:,}" in out
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_does(place: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         words = ["compress", place / "first", *task(place), "--keep", 0.3, "--output", tmp_path / str(processes)]
@@ -98,6 +99,7 @@ def test_a_sweep_counts_against_the_original(
     assert "| given |" in out
 
 
+@pytest.mark.slow
 def test_an_analysis_is_of_whole_weights(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

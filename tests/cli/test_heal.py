@@ -33,6 +33,7 @@ def small(model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any)
     return tmp_path / "small"
 
 
+@pytest.mark.slow
 def test_the_record_and_the_card_tell_of_it(
     small: Path, model: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:

@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": tiny_llama,
     "t5": tiny_t5,
 }
+ARCHITECTURES = [pytest.param(name, marks=pytest.mark.slow if name == "t5" else ()) for name in MODELS]
 
 
 def batches(model: PreTrainedModel) -> list[Batch]:
@@ -68,9 +69,8 @@ def test_no_other_factors_and_bias_come_nearer_to_the_dense_output(method: str, 
     sums = {"gradient_moment": gradients, "active_tokens": torch.tensor(500.0), "activation_moment": y.T @ y}
     sums |= {"activation_mean": y.sum(0), "drift": (x - y).T @ y, "mean_drift": (x - y).sum(0)}
     statistics = Statistics({kind: {"layer": total} for kind, total in sums.items()}, 500, 500, {})
-    low_rank, _ = LayerSolver({"layer": Target.of("layer", linear)}, get_method(method), statistics).low_rank(
-        "layer", rank
-    )
+    solver = LayerSolver({"layer": Target.of("layer", linear)}, get_method(method), statistics)
+    low_rank, *_ = solver.low_rank("layer", rank)
 
     weigh = {"whiten": torch.eye(10), "whiten-diag": gradients.diagonal().diag() / 500, "kfac": gradients / 500}[method]
     if method == "kfac":
@@ -136,7 +136,7 @@ def inputs_of(model: PreTrainedModel, name: str, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("chained", [True, False])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_moments_are_those_of_a_dense_and_a_compressed_model(architecture: str, chained: bool) -> None:
     model = MODELS[architecture]()
     dense, targets = copy.deepcopy(model), find_targets(model)
@@ -191,7 +191,7 @@ def test_blocks_that_are_no_chain_are_run_again() -> None:
 
 
 @pytest.mark.parametrize("form", ["factors", "interpolative"])
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_comes_nearer_to_the_dense_one(architecture: str, form: str) -> None:
     model = MODELS[architecture]()
     dense, data = copy.deepcopy(model), batches(model)

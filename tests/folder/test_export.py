@@ -84,6 +84,7 @@ def _to_other_onnx(model: Any, path: Path) -> None:
     nn.init.normal_(model.classifier.weight)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_wrote(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     factorize(tiny_bert()).save_pretrained(tmp_path / "low")
     monkeypatch.setattr(sys, "argv", ["hf-lowrank", "export", str(tmp_path / "low"), str(tmp_path / "model.onnx")])

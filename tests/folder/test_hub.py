@@ -118,6 +118,7 @@ def test_push_publishes_a_folder_in_one_commit(client: Client, hub: LoopbackHub,
     assert "Secret" not in reply.out + reply.err + json.dumps(list(map(bytes.hex, files.values())))
 
 
+@pytest.mark.slow
 def test_private_repositories_branches_and_pull_requests(client: Client, hub: LoopbackHub) -> None:
     pushed(client.command("push", "small", "alice/hidden", "--private", "--json"))
     assert hub.store.private("alice/hidden")

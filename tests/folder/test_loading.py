@@ -126,6 +126,7 @@ def test_kept_heads_say_how_their_labels_are_matched(bare: Path, capfd: Any) -> 
     assert "matched by position" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_told_in_one_line(bare: Path, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(bare)
     (tmp_path / "validation.csv").write_bytes("sentence,label\ncaf\xe9,1\n".encode("latin-1"))

@@ -109,7 +109,8 @@ def test_the_curvature_of_a_regression_is_that_of_one_process(tmp_path: Path) ->
 
 def part_differently(output: Path) -> None:
     rank = PartialState().process_index
-    sums = InputSums(["active_tokens"], {name: Target.of(name, nn.Linear(2, 3)) for name in "abcde"}, None)
+    targets = {name: Target.of(name, nn.Linear(2, 3)) for name in "abcde"}
+    sums = InputSums(["active_tokens"], targets, dict.fromkeys(targets, torch.device("cpu")))
     x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
     for key, readers, largest in [
         [("first", "ab", every), ("second", "c", some), ("third", "de", every)],

@@ -144,6 +144,7 @@ def test_work_is_neither_forgotten_nor_overwritten(
     assert (tmp_path / "mine.work/thesis.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_a_second_run_leaves_the_first_in_peace(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path, flag: str

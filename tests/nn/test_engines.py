@@ -46,6 +46,7 @@ def test_vllm_merges_the_layers_of_dense_blocks_alone(first: tuple[str, ...]) ->
             assert merged >= whole
 
 
+@pytest.mark.slow
 def test_engines_find_config_and_model_without_remote_code(tmp_path: Path) -> None:
     """As they look: the config by AutoConfig, the class by its name in transformers, the model by AutoModel."""
     factorize(tiny_llama()).save_pretrained(tmp_path)

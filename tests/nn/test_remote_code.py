@@ -86,6 +86,7 @@ def runs_to_its_end(script: str, place: Path, library: bool = False) -> bool:
     return process.stdout.endswith("done\n")
 
 
+@pytest.mark.slow
 def test_without_the_library_a_folder_loads_by_its_own_code(place: Path) -> None:
     script = """
 message = refused(lambda: AutoModelForSequenceClassification.from_pretrained("classifier"))

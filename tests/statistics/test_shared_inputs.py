@@ -143,7 +143,7 @@ def test_tokens_of_an_input_count_for_all_that_read_it() -> None:
 
 def test_layers_part_at_the_first_batch_where_they_read_something_else() -> None:
     targets = {name: Target.of(name, nn.Linear(2, 3)) for name in "abc"}
-    sums = InputSums(["active_tokens"], targets, None)
+    sums = InputSums(["active_tokens"], targets, dict.fromkeys(targets, torch.device("cpu")))
     x, every, some = torch.randn(1, 4, 2), torch.ones(1, 4), torch.tensor([[1.0, 0, 0, 0]])
     for readers in (("a", "b", "c"), ("a", "b")):
         for _ in readers:

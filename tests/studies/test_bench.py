@@ -190,6 +190,7 @@ def test_latencies_are_stated_where_they_repeat(rounds: list[float], stated: boo
     assert (record.not_stated() is None) == stated
 
 
+@pytest.mark.slow
 def test_the_command_prints_records_and_draws(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     low = save(tiny_bert(), tmp_path)
     words = ["--batch", "2", "--length", "4", "--rounds", "2", "--plot", str(tmp_path / "speed.png")]

@@ -73,6 +73,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_best_model_loads_back_with_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = demo.run_demo(tmp_path / "best", seed=5)

@@ -236,6 +236,7 @@ def cut(figure: Figure) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", [["svd"], ["svd", "kfac"], list(METHODS)])
 def test_no_text_of_an_analysis_is_cut_off(methods: list[str]) -> None:
     points = [SweepPoint(m, ratio, 0.5, measured(10 * (1 - ratio))) for m in methods for ratio in (0.1, 0.33, 0.5, 0.7)]

@@ -50,6 +50,7 @@ def test_another_model_or_data_of_the_same_names_are_refused(
     assert (tmp_path / "results.jsonl").read_text() == results
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused(places: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job(tmp_path / "job", hf_lowrank, *words(places / "first", out), processes=2)

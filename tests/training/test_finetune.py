@@ -333,6 +333,7 @@ def test_the_stored_dtype_is_kept(folder: Path, data: Path, tmp_path: Path, monk
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_is_resumed(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:

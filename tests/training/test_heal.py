@@ -80,6 +80,7 @@ def test_it_comes_nearer_and_the_factors_alone_have_changed(data: Path, tokenize
     json.dumps(facts)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_the_best_rate_goes_on(data: Path, tokenizer: Any) -> None:
     models = [low_rank(), low_rank()]
     rates = {"rates": (3e-3, 1e-6), "epochs": 5}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.densify import densify_folder
 from hf_lowrank.folder.reading import load_whole, own_class, read_config
 from hf_lowrank.jobs.progress import bar
@@ -208,4 +209,4 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 def _file_bytes(place: str | Path) -> int | None:
     """Bytes of the weight files of a folder; None for a model on the Hub."""
-    return sum(path.stat().st_size for path in Path(place).glob("*.safetensors")) if Path(place).is_dir() else None
+    return weights_bytes(Path(place)) if Path(place).is_dir() else None
