@@ -30,7 +30,7 @@ def save_directions(directions: Mapping[str, Directions], model: PreTrainedModel
     """Write them, with a digest of the factors that each belongs to."""
     if directions:
         tensors = {f"{name}.{part}": tensor for name, each in directions.items() for part, tensor in vars(each).items()}
-        digests = {name: digest(model.get_submodule(name)) for name in directions}
+        digests = {name: digest(model.get_submodule(name)) for name in sorted(directions)}  # not as they were solved
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         save_file(contiguous, folder / DIRECTIONS, {"digests": json.dumps(digests)})
 

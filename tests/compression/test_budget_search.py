@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_where_it_was(trained: tuple[Path, Path], tmp_path: Path
     ]  # fmt: skip
     smaller = [record["parameters"] for record in records]
     assert smaller[0] > smaller[1] > smaller[2]
-    for name in ("pareto.png", "loss.png", "summary.md", "statistics", "profile-kfac.json"):
+    for name in ("pareto.png", "loss.png", "summary.md", "statistics-model", "profile-kfac.json"):
         assert (out / name).exists()
     code, _, error = run(monkeypatch, capfd, *words, "--seed", "1")
     assert code == 2
