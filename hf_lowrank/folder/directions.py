@@ -19,7 +19,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import stored
 from hf_lowrank.folder.reading import load_low_rank
 from hf_lowrank.jobs.files import read_json
-from hf_lowrank.model.checks import check_model
+from hf_lowrank.model.checks import check_model, quantizer_of
 from hf_lowrank.model.weights import digest
 from hf_lowrank.nn.publishing_lowrank import RECORD
 
@@ -27,8 +27,8 @@ DIRECTIONS = "directions.safetensors"
 
 
 def save_directions(directions: Mapping[str, Directions], model: PreTrainedModel, folder: Path) -> None:
-    """Write them, with a digest of the factors that each belongs to."""
-    if directions:
+    """Write them, with a digest of the factors that each belongs to; not of a quantized model, which cannot shrink."""
+    if directions and quantizer_of(model) is None:
         tensors = {f"{name}.{part}": tensor for name, each in directions.items() for part, tensor in vars(each).items()}
         digests = {name: digest(model.get_submodule(name)) for name in sorted(directions)}  # not as they were solved
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

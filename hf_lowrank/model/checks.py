@@ -27,7 +27,7 @@ def check_model(model: Any) -> None:
             f"only transformers models can be factorized, and this is a {_named(model)}: pass the transformers model "
             "inside of it"
         )
-    if (quantizer := _quantizer(model)) is not None:
+    if (quantizer := quantizer_of(model)) is not None:
         raise LowRankError(
             f"the {type(model).__name__} is quantized by {quantizer}, and quantized weights cannot be factorized: "
             "compress the model that it was made from, then quantize the compressed one"
@@ -50,7 +50,7 @@ def refuse_adapter(model: nn.Module) -> None:
         raise LowRankError(f"an adapter is attached to the {type(model).__name__}: {MERGING}")
 
 
-def _quantizer(model: PreTrainedModel) -> str | None:
+def quantizer_of(model: PreTrainedModel) -> str | None:
     """What a model was quantized by, at loading or afterwards."""
     if "packed_by" in vars(model):  # in this process
         return "compressed-tensors"
