@@ -23,6 +23,7 @@ from benchmarks import (
     house,
     labels,
     layer,
+    lm,
     loading,
     memory,
     model_speed,
@@ -37,6 +38,7 @@ from benchmarks import (
     truncated_svd,
 )
 from benchmarks.harness import Options, Result, machine_facts
+from hf_lowrank import METHODS
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
 
@@ -66,10 +68,11 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "house": house.run,
     "labels": labels.run,
     "mutation": mutation.run,
+    "lm": lm.run,
 }
 
 NEED_MODEL = ("attention", "bytes", "calibration", "heal", "labels", "profile", "residual", "sequential", "shrink")
-BY_NAME = ("mutation",)  # too long to be run along with the others
+BY_NAME = ("mutation", "lm")  # too long to be run along with the others
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -97,6 +100,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
+  lm             a small Llama, trained here by lm --train, compressed by every method     hours each
   house          the rooms of the library, and the arrows between them                     seconds
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
@@ -107,6 +111,7 @@ Nothing is downloaded: models are randomly initialised and data made up, unless 
 EXAMPLES = """\
 examples:
   python -m benchmarks layer truncated_svd
+  python -m benchmarks lm --train && python -m benchmarks lm
   python -m benchmarks convergence --model ./bert-stsb --task stsb --data-dir ./stsb
 """
 
@@ -134,6 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sample=given.sample,
         seed=given.seed,
         output=given.output,
+        train=given.train,
+        cache=given.cache,
+        tokens=given.tokens,
+        methods=tuple(given.method) if given.method else None,
     )
     try:
         for name in given.names or _by_default(given.model is not None):
@@ -202,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         help="bytes, calibration, labels, profile, residual, convergence: a real model, a folder or a name on the Hub",
     )
+    parser.add_argument("--train", action="store_true", help="lm: train the model, or go on where that was interrupted")
+    parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 60 million)")
+    parser.add_argument("--cache", type=Path, help="lm: its text and its model (default: in Hugging Face's cache)")
+    parser.add_argument("--method", action="append", choices=list(METHODS), help="lm: only this method; repeatable")
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with the task's train and validation files (default: the Hub's)"

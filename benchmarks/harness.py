@@ -41,6 +41,10 @@ class Options:
     sample: int = 200
     seed: int = 0
     output: Path = Path("benchmarks/results")
+    train: bool = False
+    cache: Path | None = None
+    tokens: int | None = None
+    methods: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
