@@ -72,6 +72,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     assert [line["step"] for line in lines] == [1, 2, 3, 5, 6]
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_held_out_text_and_read_again(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
