@@ -65,8 +65,8 @@ class Pipeline:
         seed: which training rows statistics are measured on.
         samples: how many.
         batch_size: how many at a time; of speed and memory, not of the result.
-        labels: whose labels statistics are by, "data" or "model"; None for the method's own, or those drawn from the
-            model where the task has none.
+        labels: whose labels statistics are by, "data" or "model"; None for the method's own, or the model's where the
+            task has none.
         dtype: in which weights are saved; None for that of the model in memory.
         device: where statistics are kept; None for beside the layers.
         work: where unfinished work is kept; None for nowhere (see `begin`).

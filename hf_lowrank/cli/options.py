@@ -169,8 +169,8 @@ class StatisticsCalibration(CalibrationOptions):
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Whose labels statistics are by: 'data', or 'model' for labels drawn from the model's own "
-            "predictions, for which the data need none. Default: the method's own.",
+            help="Whose labels statistics are by: 'data', or 'model' for all that the model itself expects, "
+            "for which the data need none. Default: the method's own.",
             callback=checked_labels,
         ),
     ] = None

@@ -98,10 +98,10 @@ def compute_statistics(
         split: what makes of a batch one batch for each of its samples, which are then run alone. For models whose
             inputs are not one entry for each sample, such as the patches of several images in a row; batches of single
             samples need none.
-        labels: "data" for those of the batches, or "model" for labels drawn from the model's own prediction: then
-            batches need none, and any output can be measured (see `ModelLabels`, which may be given itself). Under
-            several processes a process's samples are taken to be every so many of all, as `calibration_loader` deals
-            them: with others the draws are as random, but not those of one process.
+        labels: "data" for those of the batches, or "model" for all that the model itself expects: then batches need
+            none, and any output can be measured (see `ModelLabels`, which may be given itself). Under several processes
+            a process's samples are taken to be every so many of all, as `calibration_loader` deals them: with others
+            the signs are as random, but not those of one process.
 
     A model wrapped in DistributedDataParallel is taken out of it. One sharded by FSDP2 is measured as it is, all
     processes going step by step; it cannot be resumed.

@@ -1,13 +1,12 @@
-"""Whose labels the losses of samples are by: those of the data, or drawn from what the model itself predicts."""
+"""Whose labels the losses of samples are by: those of the data, or all that the model itself expects."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -79,18 +78,22 @@ class DataLabels:
 
 @dataclass(frozen=True)
 class ModelLabels:
-    """Labels drawn from the model's own prediction: its own Fisher information, Martens (2014, section 5).
+    """The labels that the model itself expects: its own Fisher information, Martens (2014, section 5).
 
-    Classes and tokens are drawn from the softmax, labels that may each apply one by one, numbers are the output plus or
-    minus 1. One draw for each sample, by the seed and the sample's number in the data alone. Of a model without a
-    likelihood (hidden states, embeddings) it is the Gauss-Newton matrix of half the squared change of its output:
-    the loss is the output's product with random signs, whose squared gradient has that expectation.
+    That of a row of logits z is the expectation over all labels of its likelihood: diag(p) − p pᵀ for classes and
+    tokens with p = softmax(z). No label has to be drawn for it: a loss zᵀ S s with S Sᵀ that matrix and s random signs
+    has a squared gradient of that expectation, and a much smaller variance where the model is sure of itself and all
+    but a few drawn labels would say nothing. Such square roots S of a loss's curvature are those of Dangel, Kunstner
+    and Hennig (2020, BackPACK); here one random combination of their columns for each row, by the seed and the sample's
+    number in the data alone. The curvature of a number's squared error is known, as is that of labels that may each
+    apply. Of a model without a likelihood (hidden states, embeddings) it is the Gauss-Newton matrix of half the squared
+    change of its output.
 
     Losses are scaled such that the expectation of the squared gradient is the curvature of the model's own mean loss:
-    those of a sample's T tokens, independent as they are drawn, are added up and divided by √T.
+    those of a sample's T tokens, independent as their signs are, are added up and divided by √T.
 
     Args:
-        seed: of the draws.
+        seed: of the random signs.
         readout: what counts of an output without a likelihood, such as `mean_pooled`; None for all of it.
     """
 
@@ -110,8 +113,8 @@ class ModelLabels:
         return counted(model, batch)
 
     def alone(self, model: PreTrainedModel, batch: Batch, numbers: Sequence[int]) -> Tensor:
-        """The loss of each sample by its drawn labels."""
-        return drawn_losses(predict(model, batch, self.readout), numbers, self.seed)
+        """See `projected_losses`."""
+        return projected_losses(predict(model, batch, self.readout), numbers, self.seed)
 
     together = alone
 
@@ -125,7 +128,7 @@ class ModelLabels:
 
 
 def labels_of(labels: str | Labels, seed: int = 0) -> Labels:
-    """The labels called "data" or "model", the latter drawn by `seed`.
+    """The labels called "data" or "model", the latter with random signs by `seed`.
 
     Raises:
         LowRankError: there are no such labels.
@@ -136,45 +139,43 @@ def labels_of(labels: str | Labels, seed: int = 0) -> Labels:
     return DataLabels() if labels == "data" else ModelLabels(seed)
 
 
-def drawn_losses(predicted: Predicted, numbers: Sequence[int], seed: int) -> Tensor:
-    """The loss of each sample [samples] by labels drawn from what is predicted of it (see `ModelLabels`)."""
+def projected_losses(predicted: Predicted, numbers: Sequence[int], seed: int) -> Tensor:
+    """For each sample a scalar [samples] whose squared gradient is what the model says of it (see `ModelLabels`)."""
     counts = predicted.counts.tolist()
     rows = predicted.values.split(counts)
-    draw = _DRAWS[predicted.kind]
-    losses = [draw(values, _generator(seed, number)) for values, number in zip(rows, numbers, strict=True)]
-    return torch.stack([loss.sum() / math.sqrt(max(len(loss), 1)) for loss in losses])
+    root = _ROOTS[predicted.kind]
+    pairs = zip(rows, numbers, strict=True)
+    losses = [(values * root(values.detach(), _signs(values, seed, number))).sum() for values, number in pairs]
+    return torch.stack([loss / math.sqrt(max(count, 1)) for loss, count in zip(losses, counts, strict=True)])
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
-    """Random numbers that depend on nothing but these two."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+def _signs(like: Tensor, seed: int, number: int) -> Tensor:
+    """Random signs of a tensor's shape that depend on nothing but these two numbers: a bit for each."""
+    drawn = np.random.default_rng([seed, number]).bytes(-(-like.numel() // 8))
+    bits = np.unpackbits(np.frombuffer(drawn, np.uint8), count=like.numel())
+    return torch.from_numpy(bits).to(like.device).to(like.dtype).mul_(2).sub_(1).view_as(like)
 
 
-def _classes(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """−log p(y) of drawn classes y, for logits [rows, classes]."""
-    shares = logits.detach().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    at = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-    labels = torch.searchsorted(shares, at * shares[:, -1:], right=True)[:, 0].clamp_max(logits.shape[1] - 1)
-    return F.cross_entropy(logits, labels, reduction="none")
+def _classes(logits: Tensor, signs: Tensor) -> Tensor:
+    """S s for S = diag(√p) − p √pᵀ, [rows, classes]: S Sᵀ is diag(p) − p pᵀ."""
+    shares = logits.softmax(dim=-1)
+    scaled = shares.sqrt().mul_(signs)
+    return scaled.sub_(shares.mul_(scaled.sum(dim=-1, keepdim=True)))
 
 
-def _flags(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """−log p(y) of drawn yes and no, for logits [rows, labels]: of their mean, so over √labels."""
-    at = torch.rand(logits.shape, generator=generator).to(logits.device)
-    labels = (at < logits.detach().sigmoid()).to(logits)
-    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return losses.sum(dim=1) / math.sqrt(logits.shape[1])
+def _flags(logits: Tensor, signs: Tensor) -> Tensor:
+    """Of labels that may each apply √(p (1 − p)) s, [rows, labels]: their mean loss, so over √labels."""
+    return (logits.sigmoid() * (-logits).sigmoid() / logits.shape[1]).sqrt() * signs
 
 
-def _numbers(values: Tensor, generator: torch.Generator) -> Tensor:
-    """What has the gradient of a mean squared error with residuals ±1, over √2 as its curvature is 2, [rows]."""
-    return _vector(values, generator) * math.sqrt(2 / values.shape[1])
+def _numbers(values: Tensor, signs: Tensor) -> Tensor:
+    """The gradient of a mean squared error with residuals ±1, over √2 as its curvature is 2, [rows, numbers]."""
+    return signs * math.sqrt(2 / values.shape[1])
 
 
-def _vector(values: Tensor, generator: torch.Generator) -> Tensor:
-    """The product of each row [rows, k] with random signs."""
-    signs: Any = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
-    return (values * signs.to(values)).sum(dim=1)
+def _vector(values: Tensor, signs: Tensor) -> Tensor:
+    """The signs themselves [rows, features]."""
+    return signs
 
 
-_DRAWS = {"classes": _classes, "flags": _flags, "numbers": _numbers, "vector": _vector}
+_ROOTS = {"classes": _classes, "flags": _flags, "numbers": _numbers, "vector": _vector}

@@ -61,7 +61,7 @@ def labelled(model: PreTrainedModel, batch: Batch) -> list[int]:
     labels = batch.get("labels")
     unknown = UNKNOWN_NUMBER if isinstance(labels, Tensor) and labels.is_floating_point() else UNKNOWN
     if isinstance(labels, Tensor) and bool((labels == unknown).any()):
-        raise LowRankError("these texts have no labels; take labels drawn from the model")
+        raise LowRankError("these texts have no labels; take those of the model")
     if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.is_floating_point():
         return list(range(batch_size(batch)))
     known = (labels[:, 1:] if is_causal(model) and labels.ndim > 1 else labels) != IGNORED

@@ -1,4 +1,4 @@
-"""Labels drawn from the model: in expectation its exact Fisher information, the same however samples come."""
+"""Labels of the model: in expectation its exact Fisher information, the same however samples come."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from transformers import BertModel, PreTrainedModel
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, Statistics, compress, compute_statistics
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.interrupts import Stopped
-from hf_lowrank.model.predictions import mean_pooled, predict
+from hf_lowrank.model.predictions import Predicted, mean_pooled, predict
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.statistics.labels import ModelLabels, drawn_losses
+from hf_lowrank.statistics.labels import ModelLabels, projected_losses
 from tests.helpers import bert_config, tiny_bert, tiny_llama, tiny_t5
 from tests.jobs.test_distributed import assert_equal_up_to_order
 from tests.launches import Job
@@ -90,7 +90,7 @@ def layer_of(statistics: Statistics) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_drawn_fisher_is_the_exact_one_in_expectation(case: str) -> None:
+def test_the_projected_fisher_is_the_exact_one_in_expectation(case: str) -> None:
     model, batch = CASES[case][0]().eval(), CASES[case][1]()
     size = len(batch["input_ids"])
     copies = {key: value.repeat(DRAWS // 5 // size, *[1] * (value.ndim - 1)) for key, value in batch.items()}
@@ -104,7 +104,7 @@ def test_the_drawn_fisher_is_the_exact_one_in_expectation(case: str) -> None:
     assert torch.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.98
 
 
-def test_one_draw_is_exact_for_one_number() -> None:
+def test_one_projection_is_exact_for_one_number() -> None:
     """Residuals of ±1 have the square 1: the Gauss-Newton matrix itself, whatever the seed."""
     model, batch = tiny_bert(num_labels=1), unlabelled()
     exact = exact_fisher(model, batch)
@@ -123,7 +123,7 @@ def test_pooled_embeddings_are_measured_through_a_readout() -> None:
     assert float(layer_of(drawn).sum() / exact.sum()) == pytest.approx(1, abs=0.1)
 
 
-def test_batches_and_padding_do_not_change_the_draws() -> None:
+def test_batches_and_padding_do_not_change_the_signs() -> None:
     model, batch = token_classifier().eval(), token_batch()
     whole = compute_statistics(model, [batch], ["fisher"], labels="model", progress=False)
     alone = compute_statistics(
@@ -132,7 +132,7 @@ def test_batches_and_padding_do_not_change_the_draws() -> None:
     assert_equal_up_to_order(alone, whole)
 
 
-def test_the_seed_decides_the_draws() -> None:
+def test_the_seed_decides_the_signs() -> None:
     model, batch = tiny_bert(num_labels=3), unlabelled()
     first, again, other = (
         compute_statistics(model, [batch], ["fisher"], labels=ModelLabels(seed), progress=False) for seed in (4, 4, 5)
@@ -163,7 +163,7 @@ def in_shares(output: Path) -> None:
         measured.save(output)
 
 
-def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     """As `calibration_loader` deals samples: with other draws the sums would be others by far more than rounding."""
     for processes in (1, 2):
         Job(tmp_path / "job", in_shares, tmp_path / str(processes), processes=processes).done()
@@ -230,9 +230,21 @@ def test_what_has_no_likelihood_is_refused() -> None:
         compute_statistics(Silent(bert_config()), [unlabelled()], ["fisher"], labels="model", progress=False)
 
 
-def test_drawn_classes_have_the_shares_of_the_softmax() -> None:
-    predicted = predict(tiny_bert(num_labels=3).requires_grad_(False), unlabelled((5,)))
-    losses = torch.cat([drawn_losses(predicted, [number], 0) for number in range(2000)])
-    shares = predicted.values[0].softmax(-1)
-    for share in shares:
-        assert float((losses + share.log()).abs().lt(1e-5).float().mean()) == pytest.approx(float(share), abs=0.04)
+def test_a_confident_models_fisher_is_found_by_fewer_projections_than_draws() -> None:
+    """Their outer products have the mean diag(p) − p pᵀ exactly, and a small part of the variance of drawn labels'."""
+    rows = 4000
+    logits = torch.tensor([5.0, 1.0, 0.0]).repeat(rows, 1).requires_grad_()
+    predicted = Predicted("classes", logits, torch.arange(rows), rows)
+    projected_losses(predicted, range(rows), 0).sum().backward()
+    assert logits.grad is not None
+    share = logits[0].detach().softmax(-1)
+    fisher = share.diag() - share.outer(share)
+
+    def variance(gradients: Tensor, weights: Tensor) -> float:
+        squares = (gradients[:, :, None] * gradients[:, None] - fisher).square().sum(dim=(1, 2))
+        return float((weights * squares).sum() / weights.sum())
+
+    found = logits.grad.T @ logits.grad / rows
+    torch.testing.assert_close(found, fisher, rtol=0.1, atol=0.05 * float(fisher.max()))
+    drawn = torch.eye(3) - share  # by label
+    assert variance(logits.grad, torch.ones(rows)) < 0.1 * variance(drawn, share)

@@ -72,6 +72,11 @@ def test_every_step_is_kept_and_skipped_the_next_time(places: dict[str, Path], t
     assert tuned["compression"]["score_compressed"] == kept[runs[0]]["score"]
     assert tuned["compression"]["score_finetuned"] == tuned["score"]
     assert tuned["compression"]["settings"]["method"] == "kfac"
+    apart = tuned["compression"]["divergence"]
+    assert [apart[kind]["mean"] for kind in ("compressed", "finetuned")] == [
+        record["divergence"]["mean"] for record in (kept[runs[0]], tuned)
+    ]
+    assert "divergence" not in dense
     assert tuned["parameters"] == kept[runs[0]]["parameters"] < dense["parameters"]
     assert str(places["data"]) not in json.dumps(kept)
     assert do(content(places), tmp_path, places) == [f"{start} (1 of 1)"]
@@ -227,6 +232,18 @@ def test_tables_hold_means_deviations_and_averages(places: dict[str, Path], tmp_
     for path in tmp_path.glob("records/*stsb*--svd--rank-ratio-0.25.json"):
         path.unlink()
     assert "| no | 82.0 ± 2.0 | – | – |" in tables_of(recipe, Store(tmp_path))
+
+
+def test_the_divergence_from_dense_stands_beside_the_score(places: dict[str, Path], tmp_path: Path) -> None:
+    recipe = parse_recipe(content(places, seeds=[0, 1], methods=["svd"], finetune_after=False), "tiny")
+    store = filled(recipe, tmp_path, lambda settings: 80.0)
+    for dense, (made,) in plan_of(recipe):
+        known = store.get(made.name, made.settings) or {}
+        store.add(made.name, made.settings, known | {"divergence": {"mean": 0.25 + dense.seed / 2}})
+    text = tables_of(recipe, store)
+    assert "| 80.0 ± 0.0 (0.5) |" in text
+    assert "| tiny | dense | – | 66.5M | – | 80.0 ± 0.0 |" in text
+    assert "In brackets how far predictions are from the dense model's" in text
 
 
 def test_a_collapsed_model_is_marked(places: dict[str, Path], tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_statistics_of_every_head_need_texts_alone(case: str) -> None:
     if case == "masked":
         assert compute_statistics(model, loader, ["fisher_rows"], progress=False).samples == 20
         return
-    with pytest.raises(LowRankError, match="these texts have no labels; take labels drawn from the model"):
+    with pytest.raises(LowRankError, match="these texts have no labels; take those of the model"):
         compute_statistics(model, loader, ["fisher_rows"], progress=False)
     with pytest.raises(LowRankError, match="texts have no labels to score by"):
         evaluate(model, masking_tokenizer(), task, progress=False)

@@ -16,7 +16,7 @@ from hf_lowrank.folder.card import card_facts
 from hf_lowrank.folder.facts import versions
 from hf_lowrank.folder.loading import load_for_finetuning
 from hf_lowrank.folder.saving import save_model
-from hf_lowrank.folder.scores import with_score
+from hf_lowrank.folder.scores import with_divergence, with_score
 from hf_lowrank.jobs.distributed import held_for_all
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.pipeline import Pipeline
@@ -27,6 +27,7 @@ from hf_lowrank.studies.experiment.store import Record, Store
 from hf_lowrank.studies.experiment.tables import write_tables
 from hf_lowrank.tasks import Task, get_task
 from hf_lowrank.training.distillation import Distillation
+from hf_lowrank.training.divergence import Reference
 
 Say = Callable[[str], None]
 
@@ -155,6 +156,7 @@ class _Group:
             facts = self._finetuned_dense(folder)
         pipeline = Pipeline.load(name, self.task, self.data, seed=self.dense.seed)
         pipeline.name, self.scored_on = self.dense.model.title, pipeline.scored_on
+        self.reference = Reference(pipeline.model, *pipeline.reading, pipeline.validation)
         if record is None:
             record = self._add(self.dense.name, self.dense.settings, {**facts, **_figures(pipeline)})
         return pipeline, record
@@ -201,19 +203,25 @@ class _Group:
         facts |= with_score(facts, "dense", base["score"], self.scored_on)
         record = self.store.get(run.name, run.settings)
         if record is None:
-            figures = _figures(candidate)
-            whole = {**facts, **with_score(facts, "compressed", figures["score"], self.scored_on), **report.to_dict()}
+            figures, found = self._compared(candidate, facts, "compressed")
+            whole = {**facts, **found, **report.to_dict()}
             record = self._add(run.name, run.settings, {**figures, "compression": whole})
         whole = record["compression"]
         if run.finetune is not None and self.store.get(run.finetuned_name, run.finetuned_settings) is None:
             training = self._train(run.finetuned_name, candidate, run.finetune)
-            figures = _figures(candidate)
-            whole |= {**with_score(whole, "finetuned", figures["score"], self.scored_on), "finetuning": training}
+            figures, found = self._compared(candidate, whole, "finetuned")
+            whole |= {**found, "finetuning": training}
             self._add(run.finetuned_name, run.finetuned_settings, {**figures, "compression": whole})
         if self.keep_models and PartialState().is_main_process:
             save_model(
                 candidate.model, candidate.tokenizer, self.output / "models" / run.name, overwrite=True, record=whole
             )
+
+    def _compared(self, candidate: Pipeline, facts: Record, kind: str) -> tuple[Record, Record]:
+        """The score of a model and how far it is from the dense one, and the facts that note both."""
+        figures, apart = _figures(candidate), self.reference.divergence(candidate.model, progress=False).to_dict()
+        noted = with_score(facts, kind, figures["score"], self.scored_on)
+        return figures | {"divergence": apart}, noted | with_divergence(facts, kind, apart, self.scored_on)
 
     def _statistics(self, run: Run) -> Statistics | None:
         """All that the runs of this model on the same layers need, measured once; kept for the next time."""

@@ -34,6 +34,7 @@ class Row:
     parameters: list[int] = field(default_factory=list)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # of every task, by seed
     degenerate: list[str] = field(default_factory=list)
+    divergences: dict[str, dict[str, float]] = field(default_factory=dict)  # from dense, likewise
 
     def add(self, dense: Dense, record: Record | None) -> None:
         """Take the score of a record, if there is one already."""
@@ -42,6 +43,8 @@ class Row:
         if record is not None:
             self.scores[task][str(dense.seed)] = record["score"]
             self.parameters.append(record["parameters"])
+            if "divergence" in record:
+                self.divergences.setdefault(task, {})[str(dense.seed)] = record["divergence"]["mean"]
             if record["metrics"].get("degenerate"):
                 self.degenerate.append(task)
 
@@ -113,7 +116,9 @@ def _cell(row: Row, task: str) -> str:
     if not scores:
         return NOTHING
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.fmean(scores):.1f}{spread}{' †' if task in row.degenerate else ''}"
+    apart = row.divergences.get(task, {}).values()
+    nats = f" ({statistics.fmean(apart):.3g})" if apart else ""
+    return f"{statistics.fmean(scores):.1f}{spread}{nats}{' †' if task in row.degenerate else ''}"
 
 
 def _average(means: list[float | None]) -> str:
@@ -151,6 +156,11 @@ def _notes(recipe: Recipe, rows: list[Row]) -> str:
     if seeds:
         spread = ", means ± standard deviations" if len(seeds) > 1 else ""
         notes.append(f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}{spread}.")
+    if any(row.divergences for row in rows):
+        notes.append(
+            "In brackets how far predictions are from the dense model's: the mean KL in nats, of numbers half the "
+            "squared change."
+        )
     if any(row.degenerate for row in rows):
         notes.append("† With at least one seed every prediction is the same.")
     return " ".join(notes)
