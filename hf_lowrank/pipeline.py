@@ -424,7 +424,8 @@ class Pipeline:
         folder = None if self.work is None else self.work.folder / "healing"
         tokenizer, task = self.reading
         options: Any = {"dtype": self.dtype, "checkpoints": folder, "resume": True, **settings}
-        facts = heal(self.model, teacher, tokenizer, task, self.data_dir, progress=self.progress, **options)
+        shown: Any = {"progress": self.progress, "readout": self._readout}
+        facts = heal(self.model, teacher, tokenizer, task, self.data_dir, **shown, **options)
         data = data_name(task, self.data_dir)
         if self.report is not None:
             self.report = replace(self.report, directions={})  # trained factors have others

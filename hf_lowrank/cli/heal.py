@@ -92,10 +92,12 @@ def heal_command(context: typer.Context, model: ModelArgument, given: HealOption
     from hf_lowrank.cli.work import claim, refuse_output
     from hf_lowrank.folder.facts import public_name
     from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.pipeline import fitting
 
     claim(context, given.output, model, given.data.data_dir, given.data.texts, given.teacher)
     task = task or given.data.of_texts(model)
     assert task is not None
+    task = fitting(model, task)
     replace = refuse_output(given.output, given.resume, given.overwrite, given.checkpoints)
     if given.overwrite and not given.resume and PartialState().is_main_process:
         shutil.rmtree(given.checkpoints, ignore_errors=True)
@@ -114,10 +116,11 @@ def _healed(loaded: Any, tokenizer: Any, task: "Task", model: str, given: HealOp
     """Heal the model in place; the facts of it, and the teacher."""
     from hf_lowrank.folder.facts import public_name, versions
     from hf_lowrank.folder.loading import load_trained, stored_dtype
+    from hf_lowrank.folder.sentences import read_sentences
     from hf_lowrank.tasks.data import data_name
     from hf_lowrank.training.heal import heal
 
-    teacher = load_trained(given.teacher, task)
+    teacher, sentences = load_trained(given.teacher, task), read_sentences(model)
     facts = heal(
         loaded,
         teacher,
@@ -127,6 +130,7 @@ def _healed(loaded: Any, tokenizer: Any, task: "Task", model: str, given: HealOp
         dtype=stored_dtype(model),
         checkpoints=given.checkpoints,
         resume=given.resume,
+        readout=None if sentences is None else sentences.readout,
         **given.healing.settings,
     )
     described = {"teacher": public_name(given.teacher), "data": data_name(task, given.data.data_dir)}
@@ -148,10 +152,9 @@ def _saved(
     from hf_lowrank.folder.loading import load_model, stored_dtype
     from hf_lowrank.folder.saving import add_facts, read_record, save_model
     from hf_lowrank.folder.scores import with_divergence, with_score
+    from hf_lowrank.folder.sentences import read_sentences
     from hf_lowrank.jobs.checkpoint import Work
-    from hf_lowrank.tasks import described, load_validation
-    from hf_lowrank.training.divergence import Reference
-    from hf_lowrank.training.evaluate import evaluate_splits
+    from hf_lowrank.pipeline import Pipeline
 
     record = read_record(model)
     record = None if record is None else healed_record(record, healing)
@@ -160,13 +163,11 @@ def _saved(
     found: dict[str, Any] = {}
     if given.score:
         saved, _ = load_model(str(given.output), task)
-        validation = load_validation(task, given.data.data_dir, tokenizer, saved.config)
-        data, kind = described(validation, task, given.data.data_dir), healed_kind(record or {})
-        divergence = Reference(teacher, tokenizer, task, validation).divergence(saved).to_dict()
-        found = with_divergence(record or {}, kind, divergence, data)
-        if task.has_labels:
-            score = evaluate_splits(saved, tokenizer, task, validation)["score"]
-            found |= with_score(record or {}, kind, score, data)
+        pipeline = Pipeline(saved, tokenizer, task, given.data.data_dir, sentences=read_sentences(model))
+        data, kind = pipeline.scored_on, healed_kind(record or {})
+        found = with_divergence(record or {}, kind, pipeline.divergence(teacher).to_dict(), data)
+        if task.is_scored:
+            found |= with_score(record or {}, kind, pipeline.score()["score"], data)
     if found and record is not None:
         add_facts(given.output, **found)
     shutil.rmtree(given.checkpoints, ignore_errors=True)

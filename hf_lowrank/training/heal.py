@@ -23,7 +23,7 @@ from hf_lowrank.jobs.checkpoint import Store
 from hf_lowrank.jobs.distributed import agreed, on_main
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.model.checks import check_model
-from hf_lowrank.model.predictions import divergences, read, unlabelled
+from hf_lowrank.model.predictions import Readout, divergences, read, unlabelled
 from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
@@ -54,6 +54,7 @@ def heal(
     checkpoints: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    readout: Readout | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train the factors of a low-rank `model`, in place, to say what its `teacher` says.
@@ -72,6 +73,7 @@ def heal(
         checkpoints: a folder for them; None for none.
         resume: go on with an interrupted run in `checkpoints`, to the same weights.
         progress: whether bars are shown.
+        readout: what counts of the outputs, such as a text's embedding; None for what the model predicts.
         settings: those of `HealConfig`.
 
     Returns:
@@ -88,7 +90,7 @@ def heal(
     started, training, own_dtype = time.perf_counter(), model.training, model.dtype
     task = task.without_labels()
     rows, held_out = _texts(tokenizer, task, data_dir, model, config)
-    reference = Reference(teacher, tokenizer, task, [held_out], config.batch_size)
+    reference = Reference(teacher, tokenizer, task, [held_out], config.batch_size, readout)
     described = asdict(config) | {"rates": list(config.rates)}
     with checkpoint_folder(checkpoints) as folder, as_before(model):
         origin = {"model weights": model_digest(model), "teacher's weights": model_digest(teacher), "task": task.name}
@@ -203,7 +205,8 @@ class _Healing:
         with torch.no_grad():
             told = self.teacher(**inputs)
         said = run(**inputs)
-        reference, own = read(self.teacher, told, batch), read(self.model, said, batch)
+        readout = self.reference.readout
+        reference, own = read(self.teacher, told, batch, readout), read(self.model, said, batch, readout)
         rows = divergences(reference, own)
         losses = rows.new_zeros(own.samples).index_add(0, own.sample, rows) / own.counts.clamp_min(1)
         return losses + self.config.hidden * hidden_errors(said, told, batch) if self.config.hidden else losses

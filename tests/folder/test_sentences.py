@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -83,6 +84,26 @@ def test_a_compressed_folder_is_one_of_sentence_transformers(
     code, out, err = run(monkeypatch, capfd, "evaluate", output, *options, "--against", folder, "--json")
     assert code == 0, err
     assert json.loads(out)["spearman"] == pytest.approx(record["score_compressed"])
+
+
+def test_healing_brings_the_embeddings_nearer(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = Pipeline.load(str(folder), "stsb", data)
+    teacher = copy.deepcopy(pipeline.model)
+    pipeline.compress(method="svd", rank_ratio=0.25)
+    before = pipeline.divergence(teacher)
+    pipeline.save(tmp_path / "small")
+    rows = ("--task", "stsb", "--data-dir", data)
+    how = ("--rate", 3e-3, "--epochs", 8, "--batch-size", 8, "--held-out", 16, "--evaluate", "--json")
+    words = ("heal", tmp_path / "small", "--teacher", folder, *rows, *how, "--output", tmp_path / "healed")
+    code, out, err = run(monkeypatch, capfd, *words)
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["divergence"]["compressed"]["mean"] < before.mean
+    healed = Pipeline.load(str(tmp_path / "healed"), "stsb", data)
+    assert told["divergence"]["compressed"]["mean"] == pytest.approx(healed.divergence(teacher).mean, rel=1e-4)
+    assert told["score_compressed"] == pytest.approx(healed.score()["spearman"])
 
 
 def test_the_statistics_are_of_the_embedding(folder: Path, data: Path) -> None:
