@@ -1,19 +1,25 @@
-"""A sentence-transformers folder → what follows its transformer, such as pooling, and the files that say so.
+"""A model of sentence-transformers → what follows its transformer, such as pooling, and the files that say so.
 
-The transformer itself is in the folder as transformers writes it. `modules.json` lists it and what follows.
+The transformer itself is in its folder, or on the Hub, as transformers writes it. `modules.json` lists it and what
+follows.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.hub_errors import hub_problem, one_line
+from hf_lowrank.folder.tokenizers import stored_file
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.predictions import Readout
 
@@ -50,8 +56,8 @@ def copy_modules(model: PreTrainedModel, folder: Path) -> None:
 
     Not of a model that got a head since: what follows the transformer there is for its hidden states.
     """
-    source = Path(model.name_or_path or "")
-    if not (source / MODULES).is_file() or source.resolve() == folder.resolve():
+    source = _known(model.name_or_path) if model.name_or_path else None
+    if source is None or source.resolve() == folder.resolve():
         return
     listed = json.loads((source / MODULES).read_text(encoding="utf-8"))  # whatever it names: copying needs no more
     paths = [module["path"] for module in listed if module["path"]]
@@ -72,22 +78,48 @@ def read_sentences(name: str) -> Sentences | None:
         LowRankError: it has modules that are not known, pickled weights, or no transformer at its top; or
             sentence-transformers is not installed.
     """
-    folder = Path(resolve(name))
-    if not (folder / MODULES).is_file():
+    folder = _found(name)
+    if folder is None:
         return None
     listed = _listed(folder)
     paths = tuple(module["path"] for module in listed[1:])
+    if not Path(resolve(name)).is_dir():
+        _download(name, paths)
     if pickled := [path for path in paths if any((folder / path).glob("*.bin"))]:
         raise LowRankError(
             f"the weights in {folder / pickled[0]} are pickled, and are never read: save the model again"
         )
-    return Sentences(_parts(folder, len(listed)))
+    return Sentences(_parts(resolve(name), len(listed)))
 
 
 def embeds_sentences(name: str) -> bool:
     """Whether the model called `name` is of sentence-transformers, and no cross-encoder."""
-    path = Path(resolve(name)) / MODULES
-    return path.is_file() and len(_listed(path.parent)) > 1
+    folder = _found(name)
+    return folder is not None and len(_listed(folder)) > 1
+
+
+def _found(name: str) -> Path | None:
+    """The folder with `MODULES` of the model called `name`, of one on the Hub that of its copy; None without."""
+    path = stored_file(resolve(name), MODULES)
+    return None if path is None else Path(path).parent
+
+
+def _known(name: str) -> Path | None:
+    """As `_found`, of a copy that is here already."""
+    if (Path(name) / MODULES).is_file():
+        return Path(name)
+    with suppress(HFValidationError):  # a path
+        path = try_to_load_from_cache(name, MODULES)
+        return Path(path).parent if isinstance(path, str) else None
+    return None
+
+
+def _download(name: str, paths: Sequence[str]) -> None:
+    """Bring what is not the transformer's from the Hub, beside its copy."""
+    try:
+        snapshot_download(name, allow_patterns=[*FILES, *(f"{path}/*" for path in paths)])
+    except Exception as error:
+        raise LowRankError(f"{name}: {hub_problem(error) or one_line(error)}") from error
 
 
 def _listed(folder: Path) -> Sequence[dict[str, Any]]:
@@ -112,7 +144,7 @@ def _listed(folder: Path) -> Sequence[dict[str, Any]]:
     return listed
 
 
-def _parts(folder: Path, count: int) -> tuple[nn.Module, ...]:
+def _parts(folder: str, count: int) -> tuple[nn.Module, ...]:
     """What follows the transformer, as sentence-transformers loads it."""
     try:
         from sentence_transformers import SentenceTransformer
@@ -122,5 +154,5 @@ def _parts(folder: Path, count: int) -> tuple[nn.Module, ...]:
         ) from error
     if count == 1:
         return ()
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    model = SentenceTransformer(folder, device="cpu", local_files_only=Path(folder).is_dir())
     return tuple(model[number].eval().requires_grad_(False) for number in range(1, count))

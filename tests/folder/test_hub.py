@@ -21,6 +21,7 @@ from hf_lowrank.folder.saving import save_compressed
 from tests.helpers import outputs, tiny_bert, token_ids, word_tokenizer
 from tests.hub_client import Client, Reply, environment, run_script
 from tests.loopback_hub import LoopbackHub
+from tests.tiny_task import write_encoder
 
 ALICE, READER, BOB = "hf_aliceSecret", "hf_readerSecret", "hf_bobSecret"
 TOKENS = {ALICE: ("alice", "write"), READER: ("alice", "read"), BOB: ("bob", "write")}
@@ -447,6 +448,32 @@ def test_bytes_that_changed_on_the_way_are_found_by_verify(client: Client, hub: 
     reply = client.command("verify", "got")
     assert reply.code != 0
     assert "model.safetensors has changed" in reply.out + reply.err
+
+
+@pytest.mark.slow
+def test_a_model_of_sentence_transformers_is_compressed_as_one_from_the_hub(client: Client, place: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    made = """
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+body = Transformer("encoder")
+parts = [body, Pooling(body.get_embedding_dimension()), Dense(body.get_embedding_dimension(), 24), Normalize()]
+SentenceTransformer(modules=parts, device="cpu").save("sentences")
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/sentences")
+HfApi().upload_folder(folder_path="sentences", repo_id="alice/sentences")
+"""
+    write_encoder(place / "encoder")
+    (place / "texts.txt").write_text("w1 w2 w3\nw4 w5\nw1 w7 w9 w11\nw5 w6\n")
+    client.done(made)
+    for name, output in (("alice/sentences", "pulled"), ("./sentences", "local")):
+        reply = client.command("compress", name, "--texts", "texts.txt", "--rank-ratio", 0.4, "--output", output)
+        assert (reply.code, reply.error) == (0, ""), reply.err[-4000:]
+    for name in ("model.safetensors", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"):
+        assert (place / "pulled" / name).read_bytes() == (place / "local" / name).read_bytes(), name
+    record = json.loads((place / "pulled" / "compression.json").read_text())
+    assert record["base_model"] == "alice/sentences"
+    assert record["statistics"]["labels"] == "model, sentence_embedding"
 
 
 SNIPPET = re.compile(r"```python\n(.+?)```", re.DOTALL)
