@@ -133,7 +133,7 @@ def test_a_broken_file_is_told_in_one_line(bare: Path, tmp_path: Path) -> None:
     words = ("evaluate", bare, "--task", "cola", "--data-dir", tmp_path)
     done = subprocess.run([sys.executable, "-m", "hf_lowrank", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "examples" not in line]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hf-lowrank")]
     assert line.endswith("validation.csv: it is not UTF-8; save it as UTF-8")
 
 
