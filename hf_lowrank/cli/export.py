@@ -13,14 +13,15 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.table import NAMES
 
 if TYPE_CHECKING:
-    from hf_lowrank.folder.onnx_runtime import OnnxModel
     from hf_lowrank.tasks.task import Task
 
 
 @command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(help="A folder with a model, compressed or dense.", metavar="DIR")],
-    output: Annotated[Path, typer.Argument(help="The ONNX file to write.", metavar="OUT.onnx")],
+    output: Annotated[
+        Path, typer.Argument(help="The ONNX file to write; of an encoder-decoder a folder of two.", metavar="OUT.onnx")
+    ],
     data: DataOptions,
     int8: Annotated[
         bool, typer.Option("--int8", help="Weights of 8 bits, activations rounded as they come: the fastest on CPUs.")
@@ -37,6 +38,9 @@ def export_command(
 ) -> None:
     """Write a model as ONNX with free batch and length, factors as factors, and check it in ONNX Runtime.
 
+    Of an encoder-decoder there are two graphs, encoder_model.onnx and decoder_model.onnx, in a folder. Caches are not
+    exported: language models answer whole sequences.
+
     Needs the packages of the extra "export": pip install onnx onnxruntime onnxscript
 
     Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
@@ -49,15 +53,18 @@ def export_command(
         return _int8(folder, output, reduce_range, None if task is None else data.of_task(task), data.data_dir)
 
     from hf_lowrank.folder.export import export_onnx
+    from hf_lowrank.folder.onnx_runtime import megabytes
 
     difference = export_onnx(folder, output)
-    size = output.stat().st_size / 1e6
+    size = megabytes(output)
     console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)
 
 
 def _int8(folder: Path, output: Path, reduce_range: bool, task: "Task | None", data_dir: Path | None) -> None:
     from hf_lowrank.folder.export_int8 import export_int8
+    from hf_lowrank.pipeline import fitting
 
+    task = None if task is None else fitting(str(folder), task)
     told = export_int8(folder, output, reduce_range, None if task is None else _score(folder, task, data_dir))
     before, after = told.megabytes
     console.print(
@@ -70,16 +77,14 @@ def _int8(folder: Path, output: Path, reduce_range: bool, task: "Task | None", d
         console.print(f"{task.score} {before:.2f} in float32 → {after:.2f} in int8", highlight=False)
 
 
-def _score(folder: Path, task: "Task", data_dir: Path | None) -> Callable[["OnnxModel"], float]:
+def _score(folder: Path, task: "Task", data_dir: Path | None) -> Callable[[Any], float]:
     """What scores a graph of the model in `folder` on the task's validation data."""
-    from hf_lowrank.folder.loading import load_model
-    from hf_lowrank.tasks import load_validation
-    from hf_lowrank.training.evaluate import evaluate_splits
+    from hf_lowrank.pipeline import Pipeline
 
-    model, tokenizer = load_model(str(folder), task)  # which says whether it is one for the task
-    validation = load_validation(task, data_dir, tokenizer, model.config)
+    pipeline = Pipeline.load(str(folder), task, data_dir)  # which says whether it is one for the task
 
     def score(graph: Any) -> float:
-        return evaluate_splits(graph, tokenizer, task, validation)["score"]
+        pipeline.model = graph
+        return pipeline.score()["score"]
 
     return score

@@ -1,22 +1,22 @@
-"""A model → an ONNX file whose matrix products take 8-bit weights and activations, by ONNX Runtime's quantizer."""
+"""A model → ONNX whose matrix products take 8-bit weights and activations, by ONNX Runtime's quantizer."""
 
 import logging
-import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hf_lowrank.folder.export import example_inputs, export_onnx
-from hf_lowrank.folder.onnx_runtime import OnnxModel
+from hf_lowrank.errors import LowRankError
+from hf_lowrank.folder.export import example_inputs, export_onnx, new_output
+from hf_lowrank.folder.onnx_runtime import graphs_in, megabytes, open_onnx
 from hf_lowrank.folder.reading import read_config
-from hf_lowrank.jobs.files import flush, held, scratch_name
 
 COMPARED = (16, 32)  # batch × length of the random tokens for which both graphs are run
-Score = Callable[[OnnxModel], float]
+Score = Callable[[Any], float]  # of a module that ONNX Runtime computes
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,29 @@ def export_int8(
 
     Args:
         folder: of the model.
-        output: the ONNX file to write.
+        output: the ONNX file to write, or of an encoder-decoder the folder.
         reduce_range: weights get 7 bits. x86 CPUs without VNNI (before about 2019) add products of 8 bits in 16, which
             may overflow; those with it, and ARM, do not.
         score: what to compute of both graphs, such as a task's score.
 
     Raises:
-        LowRankError: as `export_onnx`.
+        LowRankError: as `export_onnx`; a score of an encoder-decoder.
     """
+    if score is not None and read_config(folder).is_encoder_decoder:
+        raise LowRankError("an encoder-decoder is scored by what it generates, which graphs without a cache do not")
     output = Path(output)
-    with held(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=scratch_name(output).name) as scratch:
-        exact, rounded = Path(scratch) / "float32.onnx", Path(scratch) / f"int8{output.suffix}"
+    with new_output(folder, output) as rounded:
+        exact = rounded.with_name(f"exact-{output.name}")
         export_onnx(folder, exact)
-        quantize_onnx(exact, rounded, reduce_range)
+        for source in graphs_in(exact):
+            quantize_onnx(source, rounded / source.name if rounded.is_dir() else rounded, reduce_range)
         compared = _compared(folder, exact, rounded, score)
-        exact.unlink()
-        flush(Path(scratch))
-        os.replace(rounded, output)
+        _remove(exact)
     return compared
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def quantize_onnx(source: Path, target: Path, reduce_range: bool = False) -> None:
@@ -85,12 +90,14 @@ def _without_advice() -> Iterator[None]:
 @torch.no_grad()
 def _compared(folder: str | Path, exact: Path, rounded: Path, score: Score | None) -> Int8Export:
     config = read_config(folder)
-    models = [OnnxModel(path, config) for path in (exact, rounded)]
+    models = [open_onnx(path, config) for path in (exact, rounded)]
     inputs = example_inputs(config, COMPARED)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     before, after = (torch.cat([value.flatten() for value in model(**inputs).values()]) for model in models)
     return Int8Export(
         float(torch.nn.functional.cosine_similarity(before, after, dim=0)),
         float((after - before).norm() / before.norm()),
-        (exact.stat().st_size / 1e6, rounded.stat().st_size / 1e6),
+        (megabytes(exact), megabytes(rounded)),
         None if score is None else (score(models[0]), score(models[1])),
     )

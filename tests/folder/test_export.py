@@ -8,15 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration, ViTConfig, ViTModel
 
 from hf_lowrank import LowRankError, cli
 from hf_lowrank.folder.export import _to_onnx as to_onnx
 from hf_lowrank.folder.export import export_onnx
+from hf_lowrank.folder.export_int8 import export_int8
+from hf_lowrank.folder.onnx_runtime import open_onnx
 from tests.helpers import RANK, factorize, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
+
+
+VIT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
 
 
 @pytest.mark.slow
@@ -66,8 +72,13 @@ def test_torch_export_takes_free_sizes() -> None:
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: Any) -> None:
     factorize(tiny_t5()).save_pretrained(tmp_path / "t5")
     factorize(tiny_bert()).save_pretrained(tmp_path / "low")
-    with pytest.raises(LowRankError, match="an encoder and a decoder"):
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(LowRankError, match=r"two graphs: give a folder for them, such as .*/model$"):
         export_onnx(tmp_path / "t5", tmp_path / "model.onnx")
+    with pytest.raises(LowRankError, match="low holds other files than graphs; choose a new folder"):
+        export_onnx(tmp_path / "t5", tmp_path / "low")
+    with pytest.raises(LowRankError, match="ViTModel reads pixel_values; only models of tokens are exported"):
+        export_onnx(tmp_path / "vit", tmp_path / "model.onnx")
     with pytest.raises(LowRankError, match=r"must end in \.onnx"):
         export_onnx(tmp_path / "low", tmp_path / "model")
     monkeypatch.setattr("hf_lowrank.folder.export._to_onnx", _to_other_onnx)
@@ -76,12 +87,43 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(tmp_path: Pat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(LowRankError, match="pip install onnx onnxruntime onnxscript"):
         export_onnx(tmp_path / "low", tmp_path / "model.onnx")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["low", "t5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["low", "t5", "vit"]
 
 
-def _to_other_onnx(model: Any, path: Path) -> None:
-    to_onnx(model, path)
-    nn.init.normal_(model.classifier.weight)
+def _to_other_onnx(graph: Any, path: Path) -> None:
+    to_onnx(graph, path)
+    nn.init.normal_(graph.model.classifier.weight)
+
+
+def tiny_bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **layers, **heads)
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+def test_an_encoder_decoder_is_two_graphs(make: Callable[[], Any], int8: bool, tmp_path: Path) -> None:
+    model = factorize(make())
+    model.save_pretrained(tmp_path / "low")
+    (tmp_path / "graphs").mkdir()
+    if int8:
+        assert export_int8(tmp_path / "low", tmp_path / "graphs").cosine > 0.99
+    else:
+        assert export_onnx(tmp_path / "low", tmp_path / "graphs") < 1e-5
+    assert sorted(path.name for path in (tmp_path / "graphs").iterdir()) == ["decoder_model.onnx", "encoder_model.onnx"]
+    graphs = open_onnx(tmp_path / "graphs", model.config)
+    ids, mask = token_ids(batch=2, length=9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    for length in (1, 5):
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": token_ids(1, batch=2, length=length)}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        close = {"rtol": 0.1, "atol": 0.1} if int8 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(graphs(**inputs).logits, expected, **close)
 
 
 @pytest.mark.slow

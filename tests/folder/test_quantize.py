@@ -1,6 +1,7 @@
 """quantize: an ordinary folder of fewer bits, by the libraries that people load it with, and nothing else lost."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -20,7 +22,11 @@ from hf_lowrank.folder.quantizers import QUANTIZERS, Quantization
 from hf_lowrank.folder.saving import read_record, save_compressed
 from hf_lowrank.folder.verify import verify
 from hf_lowrank.nn.layers_lowrank import LowRankLayer
-from tests.helpers import outputs, tiny_bert, tiny_llama, token_ids
+from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.training.similarity import shared_neighbours
+from tests.helpers import HIDDEN, outputs, tiny_bert, tiny_llama, token_ids
+from tests.launches import QUIET
+from tests.tiny_task import WORDS, write_encoder
 
 OFFERED = [(q.name, bits, scheme) for q in QUANTIZERS.values() for bits, scheme in q.offers]
 
@@ -240,3 +246,36 @@ def test_scales_lose_no_more_than_those_of_the_largest_weight(bits: int, group: 
     assert lost(found) <= lost(plain)
     shrunk = found / plain
     assert SHRINKS.min() * 0.999 <= shrunk.min() <= shrunk.max() <= 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_quantized_folder_of_sentence_transformers_keeps_its_neighbours(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    body = Transformer(str(write_encoder(tmp_path / "body")))
+    SentenceTransformer(modules=[body, Pooling(HIDDEN), Normalize()], device="cpu").save(str(tmp_path / "dense"))
+    texts = [" ".join(WORDS[(n * k + k) % 40] for k in range(1, n % 5 + 2)) for n in range(40)]
+    pipeline = Pipeline.load(str(tmp_path / "dense"), texts=texts)
+    pipeline.compress(rank_ratio=0.5)
+    pipeline.save(tmp_path / "small")
+    quantize_folder(tmp_path / "small", tmp_path / "small8", Quantization(8))
+    found, whole = (
+        SentenceTransformer(str(tmp_path / name), device="cpu").encode(texts) for name in ("small8", "small")
+    )
+    assert not np.array_equal(found, whole)
+    assert ((found * whole).sum(axis=1) > 0.999).all()
+    assert shared_neighbours(whole, found, 3) > 95
+    np.save(tmp_path / "expected.npy", found)
+    code = f"""
+import sys
+sys.modules["hf_lowrank"] = None
+import numpy as np
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("small8", device="cpu", trust_remote_code=True)
+np.testing.assert_allclose(model.encode({texts!r}), np.load("expected.npy"), atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | QUIET)

@@ -142,21 +142,26 @@ def test_what_follows_the_transformer_stays_with_it_and_leaves_with_another_head
     assert not (tmp_path / "classifier" / "modules.json").exists()
 
 
-def test_a_cross_encoder_is_one_again(tmp_path: Path, data: Path) -> None:
+def test_one_command_compresses_a_cross_encoder_by_pairs_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     tiny_bert(num_labels=1).save_pretrained(tmp_path / "body")
     tiny_tokenizer().save_pretrained(tmp_path / "body")
     CrossEncoder(str(tmp_path / "body"), device="cpu").save(str(tmp_path / "cross"))
-    pipeline = Pipeline.load(str(tmp_path / "cross"), "stsb", data)
-    assert pipeline.task is not None
-    assert pipeline.task.kind == "regression"
-    pipeline.compress(rank_ratio=0.4)
-    pipeline.save(tmp_path / "small")
+    pairs = [{"query": f"w{n}", "passage": f"w{n + 1} w{n + 2}"} for n in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    texts = ("--texts", tmp_path / "pairs.jsonl", "--text-column", "query", "--text-column", "passage")
+    words = ("compress", tmp_path / "cross", *texts, "--rank-ratio", 0.4, "--output", tmp_path / "small")
+    code, _, err = run(monkeypatch, capfd, *words)
+    assert code == 0, err
     cross = CrossEncoder(str(tmp_path / "small"), device="cpu")
-    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[2])]
-    inputs = pipeline.tokenizer([a for a, _ in pairs], [b for _, b in pairs], padding=True, return_tensors="pt")  # type: ignore[misc]
+    assert cross.model.lowrank_ranks
+    asked = [(TEXTS[0], TEXTS[1]), (TEXTS[1], TEXTS[2])]
+    inputs = tiny_tokenizer()([a for a, _ in asked], [b for _, b in asked], padding=True, return_tensors="pt")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small").eval()
     with torch.inference_mode():
-        logits = pipeline.model.eval()(**inputs).logits[:, 0]
-    np.testing.assert_allclose(cross.predict(pairs), logits.sigmoid().numpy(), atol=1e-5)
+        logits = model(**inputs).logits[:, 0]
+    np.testing.assert_allclose(cross.predict(asked), logits.sigmoid().numpy(), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_lowrank.nn import modeling_lowrank
 from hf_lowrank.nn.editing_lowrank import replace_module
+from hf_lowrank.nn.engines_lowrank import warn_of_older_engines
 from hf_lowrank.nn.layers_lowrank import LowRankEmbedding
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from tests.helpers import RANK, factorize, outputs, tiny_llama
@@ -80,6 +82,24 @@ def test_what_an_engine_has_its_own_layers_for_is_refused_there(engine: str, mon
             ValueError, match=f"layers of its own .* and {name} is factorized: compress the model without"
         ):
             AutoModel.from_config(model.config)
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "message"),
+    [
+        ("vllm", "0.20.1", "vLLM 0.20.1 is older than 0.33, .* upgrade it, or serve the dense form"),
+        ("sglang", "0.4.9", "SGLang 0.4.9 is older than 0.5, "),
+        ("vllm", "0.33.0", None),
+    ],
+)
+def test_an_older_engine_is_named(
+    engine: str, version: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{engine}-{version}.dist-info").mkdir()
+    (tmp_path / f"{engine}-{version}.dist-info" / "METADATA").write_text(f"Name: {engine}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with warnings.catch_warnings() if message is None else pytest.warns(UserWarning, match=message):
+        warn_of_older_engines()
 
 
 def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
