@@ -19,6 +19,7 @@ from benchmarks import (
     experts,
     fisher,
     gauge,
+    gpu,
     heal,
     house,
     labels,
@@ -69,10 +70,11 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "labels": labels.run,
     "mutation": mutation.run,
     "lm": lm.run,
+    "gpu": gpu.run,
 }
 
 NEED_MODEL = ("attention", "bytes", "calibration", "heal", "labels", "profile", "residual", "sequential", "shrink")
-BY_NAME = ("mutation", "lm")  # too long to be run along with the others
+BY_NAME = ("mutation", "lm", "gpu")  # too long to be run along with the others, or for a machine that few have
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -101,6 +103,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
   lm             a small Llama, trained here by lm --train, compressed by every method     hours each
+  gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
@@ -142,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=given.train,
         cache=given.cache,
         tokens=given.tokens,
+        json=given.json,
         methods=tuple(given.method) if given.method else None,
     )
     try:
@@ -214,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", action="store_true", help="lm: train the model, or go on where that was interrupted")
     parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 60 million)")
     parser.add_argument("--cache", type=Path, help="lm: its text and its model (default: in Hugging Face's cache)")
+    parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument("--method", action="append", choices=list(METHODS), help="lm: only this method; repeatable")
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

@@ -45,6 +45,7 @@ class Options:
     cache: Path | None = None
     tokens: int | None = None
     methods: tuple[str, ...] | None = None
+    json: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,17 @@ def evaluate_command(
     against: Annotated[
         str | None, typer.Option(help="The dense model it was made from: how far predictions are from its own.")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval",
+            help="Tasks of EleutherAI's lm-evaluation-harness, such as arc_easy,piqa, or YAML files of such tasks, for "
+            "a language model. Needs the extra lm-eval.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of each task of --lm-eval the first so many samples. Default: all.")
+    ] = None,
     batch_size: BatchOption = 32,
     as_json: JsonOption = False,
 ) -> None:
@@ -28,10 +39,15 @@ def evaluate_command(
     Example: hf-lowrank evaluate ./bert-stsb-lowrank --task stsb --against ./bert-stsb
     """
     named = data.reading(task)
+    harness = _harness(lm_eval, limit)
+    if harness and named is None and data.texts is None and against is None:
+        return _by_harness(model, harness, limit, batch_size, as_json)
     if named is None and (data.texts is None or against is None):
         raise LowRankError(
             "evaluate needs a --task to score on, or --texts and --against to compare with a dense model"
         )
+    if harness:
+        raise LowRankError("--lm-eval has tasks of its own; leave out --task, --texts and --against")
 
     from accelerate import PartialState
 
@@ -41,6 +57,35 @@ def evaluate_command(
     facts = _measured(model, chosen, data, against, batch_size)
     if PartialState().is_main_process:
         print_json(facts) if as_json else _show(facts, chosen.score)
+
+
+def _harness(given: str | None, limit: int | None) -> list[str]:
+    """The tasks of --lm-eval, of which there may be none."""
+    if given is None:
+        if limit is not None:
+            raise LowRankError("--limit is of the tasks of --lm-eval")
+        return []
+    from hf_lowrank.training.lm_evaluation import harness_tasks
+
+    return harness_tasks(given)
+
+
+def _by_harness(model: str, tasks: list[str], limit: int | None, batch_size: int, as_json: bool) -> None:
+    """The figures of the harness, shown."""
+    from hf_lowrank.folder.loading import load_model
+    from hf_lowrank.tasks import get_task
+    from hf_lowrank.training.lm_evaluation import lm_evaluate
+
+    loaded, tokenizer = load_model(model, get_task("text"))
+    found = lm_evaluate(loaded, tokenizer, tasks, batch_size, limit)
+    facts = {"model": model, "parameters": loaded.num_parameters(), "limit": limit, "lm_eval": found}
+    if as_json:
+        return print_json(facts)
+    table = Table("task", "metric", "value", box=None, title=f"{model} by lm-eval, {facts['parameters']:,} parameters")
+    for task, figures in found.items():
+        for metric, value in figures.items():
+            table.add_row(task, metric, f"{value:.4g}")
+    console.print(table)
 
 
 def _measured(model: str, task: Any, data: DataOrTexts, against: str | None, batch_size: int) -> dict[str, Any]:

@@ -132,10 +132,10 @@ class CompressionReport:
         return (
             f"{before}{len(self.ranks) - stay} layers factorized by {self.settings.get('method')}, {kept}"
             f"{dense} left dense, in {self.seconds:.1f} s\n"
-            f"targeted parameters {_count(self.targeted_before)} → {_count(self.targeted_after)} "
-            f"({_share(self.targeted_after, self.targeted_before)})\n"
-            f"whole model {_count(self.parameters_before)} → {_count(self.parameters_after)} "
-            f"({_share(self.parameters_after, self.parameters_before)}){expected}{self._nearness()}"
+            f"parameters kept: {_share(self.targeted_after, self.targeted_before)} of the targeted layers' "
+            f"({_count(self.targeted_before)} → {_count(self.targeted_after)}), "
+            f"{_share(self.parameters_after, self.parameters_before)} of the whole model's "
+            f"({_count(self.parameters_before)} → {_count(self.parameters_after)}){expected}{self._nearness()}"
         )
 
     def _nearness(self) -> str:

@@ -89,7 +89,7 @@ def summary(facts: Mapping[str, Any]) -> str:
     dense = ranks.count(None)
     lines = [
         f"{facts['architecture']}, {facts['dtype']}{size}",
-        f"{facts['parameters']:,} parameters, {share:.1%} of the dense model's {facts['parameters_dense']:,}",
+        f"{facts['parameters']:,} parameters: {share:.1%} kept of the dense model's {facts['parameters_dense']:,}",
         f"{len(ranks) - dense} layers factorized, {dense} dense",
     ]
     if record := facts["record"]:

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import from_everyone
 from hf_lowrank.jobs.settings import check_seed
-from hf_lowrank.tasks import Task, collator, encode, load_split
+from hf_lowrank.tasks import Task, collator, load_split
+from hf_lowrank.tasks.encoding import encode_chosen
+from hf_lowrank.tasks.windows import rows_at_once
 
 
 def calibration_loader(
@@ -27,8 +29,9 @@ def calibration_loader(
 ) -> DataLoader:
     """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
 
-    Under several processes each gets its own share. Longest first: batches need little padding, memory is highest at
-    once, and the time left is never underestimated. With `labels` "model" none of the data are read, nor need there be.
+    Of running text a sample is a window of it (see `tasks.windows`), and batches have fewer of them. Under several
+    processes each gets its own share. Longest first: batches need little padding, memory is highest at once, and the
+    time left is never underestimated. With `labels` "model" none of the data are read, nor need there be.
 
     Raises:
         LowRankError: the data cannot be read or lack what the task needs.
@@ -37,11 +40,11 @@ def calibration_loader(
     if samples < 1 or batch_size < 1:
         raise LowRankError(f"samples and batch_size must be at least 1; they are {samples} and {batch_size}")
     task = task.without_labels() if labels == "model" else task
-    rows = load_split(task, "train", data_dir).shuffle(seed=seed)
-    chosen = encode(rows.select(range(min(samples, len(rows)))), task, tokenizer, model.config)
+    chosen = encode_chosen(load_split(task, "train", data_dir), task, tokenizer, model.config, samples, seed)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
     state = PartialState()  # no row twice, none left out, long and short ones for everyone
     share = longest_first.shard(state.num_processes, state.process_index, contiguous=False)
+    batch_size = rows_at_once(chosen, task, batch_size)
     return DataLoader(share, batch_size=batch_size, collate_fn=collator(task, tokenizer))
 
 

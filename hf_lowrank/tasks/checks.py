@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.tasks.chats import is_chat
 from hf_lowrank.tasks.task import Task
 
 
@@ -55,7 +56,7 @@ def check_rows(rows: Dataset, task: Task, classes: int) -> None:
     """
     words = task.kind == "token_classification" and task.texts is None
     for column in task.text:
-        kind, usable = ("a list of words", _is_words) if words else ("a text", _is_text)
+        kind, usable = ("a list of words", _is_words) if words else _CHATS if task.chat else ("a text", _is_text)
         _refuse(rows[column], column, usable, f"{task.name} needs {kind} there")
     if task.label is None:
         return
@@ -100,6 +101,9 @@ def _is_text(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
+
+
+_CHATS = ("a list of messages with role and content", is_chat)
 
 
 def _is_words(value: Any) -> bool:

@@ -15,9 +15,11 @@ from transformers import (
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.model.predictions import IGNORED, UNKNOWN, UNKNOWN_NUMBER
+from hf_lowrank.tasks.chats import encode_chats
 from hf_lowrank.tasks.checks import check_ends, check_rows, checked_length
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.task import Task
+from hf_lowrank.tasks.windows import chosen_windows, windows
 
 MASKED = 0.15  # the share of a text's tokens that a masked language model is to tell
 
@@ -42,7 +44,9 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
     check_rows(rows, task, len(label_ids))
     if said := mapping_note(task, config):
         say_once(said)
-    if task.kind == "causal_lm":
+    if task.packed:
+        return windows(rows[task.text[0]], task, tokenizer, length)
+    if task.kind == "causal_lm" and not task.chat:
         rows = rows.select([number for number, text in enumerate(rows[task.text[0]]) if text.strip()])
     encoded = rows.map(tokenise, batched=True, remove_columns=rows.column_names, desc=f"tokenising {task.name}")
     if not len(encoded):
@@ -50,6 +54,21 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
     check_ends(encoded["input_ids"], task, config)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     return encoded.select(np.argsort(lengths, kind="stable"))
+
+
+def encode_chosen(
+    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, count: int, seed: int
+) -> Dataset:
+    """As `encode`, of `count` samples (all, if there are fewer) chosen by the seed: rows, or windows of running text.
+
+    Raises:
+        LowRankError: as `encode`.
+    """
+    if task.packed:
+        check_rows(rows, task, 0)
+        return chosen_windows(rows, task, tokenizer, checked_length(task, tokenizer, config), count, seed)
+    shuffled = rows.shuffle(seed=seed)
+    return encode(shuffled.select(range(min(count, len(rows)))), task, tokenizer, config)
 
 
 def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -113,15 +132,11 @@ def _encode_masked(batch: dict, task: Task, tokenizer: Any, length: int, label_i
 
 
 def _encode_text(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
-    texts = batch[task.text[0]]
-    if task.packed:
-        lines = (text if text.endswith("\n") else f"{text}\n" for text in texts)
-        ids = tokenizer("".join(lines))["input_ids"]
-        blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
-    else:
-        blocks = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
-    blocks = [block for block in blocks if len(block) > 1]  # a single token predicts nothing
-    return {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks], "labels": blocks}
+    if task.chat:
+        return encode_chats(batch[task.text[0]], tokenizer, length)
+    texts = tokenizer(batch[task.text[0]], truncation=True, max_length=length)["input_ids"]
+    texts = [ids for ids in texts if len(ids) > 1]  # a single token predicts nothing
+    return {"input_ids": texts, "attention_mask": [[1] * len(ids) for ids in texts], "labels": texts}
 
 
 _ENCODERS = {

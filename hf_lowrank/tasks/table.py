@@ -58,10 +58,13 @@ TASKS = {
             None,
             ("Salesforce/wikitext", "wikitext-2-raw-v1"),
             "perplexity",
+            validation=("test",),
             packed=True,
-            max_length=1024,
+            separator="\n\n",
+            max_length=2048,
         ),
-        Task("text", "causal_lm", ("text",), None, ("", None), "perplexity", packed=True, max_length=1024),
+        Task("text", "causal_lm", ("text",), None, ("", None), "perplexity", packed=True, max_length=2048),
+        Task("chat", "causal_lm", ("messages",), None, ("", None), "perplexity", chat=True, max_length=2048),
     )
 }
 

@@ -35,7 +35,9 @@ class Task:
     label_names: tuple[str, ...] = ()
     label_values: tuple[Any, ...] = ()
     validation: tuple[str, ...] = ("validation",)
-    packed: bool = False  # texts are lines, joined and cut into blocks of equal length, as is usual for running text
+    packed: bool = False  # texts are parts of a running text, which is cut into windows of equal length: its samples
+    separator: str | None = None  # what stands between such parts; None for a line break where a part ends without
+    chat: bool = False  # texts are conversations, lists of messages with a role and a content
     max_length: int = 128
     length_asked: bool = False  # max_length is a user's: a model that cannot read so much is an error
     texts: Texts | None = field(default=None, repr=False)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.predictions import Predicted, Readout, divergences, predict
 from hf_lowrank.tasks import Task, collator
+from hf_lowrank.tasks.windows import rows_at_once
 
 # A dense model's predictions are kept up to so many bytes, and found again beyond.
 KEPT_BYTES = 2**28
@@ -76,7 +77,8 @@ class Reference:
     ) -> None:
         self.dense, self.task, self.validation, self.readout = dense, task, validation, readout
         joined = collator(task, tokenizer)
-        self.loaders = [DataLoader(rows, batch_size=batch_size, collate_fn=joined) for rows in validation]
+        sizes = [rows_at_once(rows, task, batch_size) for rows in validation]
+        self.loaders = [DataLoader(rows, size, collate_fn=joined) for rows, size in zip(validation, sizes, strict=True)]
         self.kept: dict[int, Predicted] = {}
         self.room = KEPT_BYTES
 

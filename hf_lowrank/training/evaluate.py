@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.tasks import IGNORED, Task, collator, described, label_ids_of, load_validation
+from hf_lowrank.tasks.windows import rows_at_once
 
 
 def evaluate(
@@ -130,7 +131,8 @@ def predict_rows(
     """
     if not task.has_labels:
         raise LowRankError(f"{task.name} have no labels to score by; compare with the dense model instead")
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
+    at_once = rows_at_once(rows, task, batch_size)
+    loader = DataLoader(rows, batch_size=at_once, collate_fn=collator(task, tokenizer))
     training = model.training
     model.eval()
     outputs = Predictions([], [], [])

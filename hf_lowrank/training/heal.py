@@ -28,6 +28,7 @@ from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.tasks import Task, collator, encode, load_split
+from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.running import Bar, ByLength, as_before, checkpoint_folder, last_checkpoint, trainer_arguments
 from hf_lowrank.training.settings import HealConfig
@@ -146,13 +147,30 @@ def _texts(
     tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
 ) -> tuple[Dataset, Dataset]:
     """Training rows to learn from, and others to judge by, chosen by the seed."""
+    if task.packed:
+        return _windows(tokenizer, task, data_dir, model, config)
     rows = load_split(task, "train", data_dir).shuffle(seed=config.seed)
-    if len(rows) < 2:
-        raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {len(rows)}")
-    held = min(config.held_out, len(rows) // 2)
-    last = min(held + config.samples, len(rows))
+    held, last = _divided(len(rows), task, config)
     learnt, judged = rows.select(range(held, last)), rows.select(range(held))
     return encode(learnt, task, tokenizer, model.config), encode(judged, task, tokenizer, model.config)
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
+) -> tuple[Dataset, Dataset]:
+    """As `_texts`, of windows of running text, which are known only once the text is read."""
+    wanted: Any = (model.config, config.held_out + config.samples, config.seed)
+    rows = encode_chosen(load_split(task, "train", data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
+    held, last = _divided(len(rows), task, config)
+    return rows.select(range(held, last)), rows.select(range(held))
+
+
+def _divided(count: int, task: Task, config: HealConfig) -> tuple[int, int]:
+    """Of so many texts, how many are judged by, and where those end that are learnt from."""
+    if count < 2:
+        raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {count}")
+    held = min(config.held_out, count // 2)
+    return held, min(held + config.samples, count)
 
 
 @contextmanager

@@ -105,6 +105,8 @@ def test_a_language_model_has_prefill_and_decode_by_the_token(tmp_path: Path) ->
     assert decode.tokens == 2
     assert prefill.operations["dense"] > decode.operations["dense"] > prefill.operations["dense"] / 16
     assert record.latency_facts()["setup"].startswith("batch 2 × 8 tokens, prefill, ")
+    # 2 blocks, keys and values of 2 heads of 8 in float32; a rank of 8 × 25% in their place
+    assert record.cache_bytes == {"dense": 2 * 2 * 2 * 8 * 4, "compressed": 2 * 2 * 4 * 4}
 
 
 def test_encoder_decoders_and_other_dtypes_are_measured(tmp_path: Path) -> None:

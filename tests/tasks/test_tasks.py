@@ -165,11 +165,54 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_per_token(
     assert result["score"] == pytest.approx(np.exp(losses / tokens), rel=1e-4)
 
 
-def test_running_text_is_cut_into_full_blocks(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = Dataset.from_dict({"text": ["the cat ", "", "sat on a mat ", "and ran far away"]})
-    config = GPT2Config(vocab_size=64, n_positions=5)
-    lengths = [len(ids) for ids in encode(rows, get_task("wikitext2"), tokenizer, config)["input_ids"]]
-    assert sorted(lengths) == [2, 5, 5]
+def language_model(positions: int = 8) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=positions)).eval()
+
+
+def test_perplexity_of_wikitext2_is_the_fields(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """All rows of the test split joined by a blank line, full windows only, each predicting all its tokens but one."""
+    texts = ["", " = the cat = \n", "", " sat on a mat and ran far away \n", " the mat ran "] * 3
+    data, model = write(tmp_path, test={"text": texts}), language_model()
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt")["input_ids"]
+    count = ids.numel() // 8
+    assert count > 2
+    assert ids.numel() % 8
+    losses = []
+    with torch.no_grad():
+        for number in range(count):
+            window = ids[:, 8 * number : 8 * number + 8]
+            logits = model(window).logits[:, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()) * 8)
+        expected = float(torch.exp(torch.stack(losses).sum() / (count * 8)))
+    result = evaluate(model, tokenizer, get_task("wikitext2"), data, progress=False)
+    assert result["tokens"] == count * 7
+    assert result["score"] == pytest.approx(expected, rel=1e-5)
+    assert get_task("wikitext2").max_length == 2048
+
+
+def test_a_sample_of_running_text_is_a_window(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [" ".join(WORDS[(n + k) % len(WORDS)] for k in range(5)) for n in range(3000)]
+    data = write(tmp_path, train={"text": texts})
+
+    def ids(seed: int, samples: int = 6) -> list[list[int]]:
+        loader = calibration_loader(language_model(), tokenizer, get_task("text"), data, samples, seed=seed)
+        return [row for batch in loader for row in batch["input_ids"].tolist()]
+
+    assert [len(row) for row in ids(0)] == [8] * 6
+    assert ids(0) == ids(0) != ids(1)
+    everything = tokenizer("".join(f"{text}\n" for text in texts))["input_ids"]
+    assert all(str(row)[1:-1] in str(everything) for row in ids(0))  # of lines that follow each other
+    assert len(ids(0, samples=10_000)) >= len(everything) // 8 - 3
+
+
+def test_text_shorter_than_a_window_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    data = write(tmp_path, train={"text": ["the cat", "sat"]}, validation={"text": ["the cat"]})
+    short = "the text of text is {} tokens long, less than a window of 8; give more text, or a smaller max_length"
+    with pytest.raises(LowRankError, match=short.format(5)):
+        calibration_loader(language_model(), tokenizer, get_task("text"), data)
+    with pytest.raises(LowRankError, match=short.format(4)):
+        evaluate(language_model(), tokenizer, get_task("text"), data, progress=False)
 
 
 def test_calibration_rows_are_chosen_by_seed_longest_first(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -225,7 +268,7 @@ def test_every_task_is_complete() -> None:
         assert task.name == name
         assert (task.metrics is None) == task.lower_is_better
         assert (task.label is None) == (task.kind == "causal_lm")
-    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, custom$"):
+    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, chat, custom$"):
         get_task("glue")
 
 
@@ -496,9 +539,9 @@ def test_any_text_has_a_perplexity(tmp_path: Path, tokenizer: PreTrainedTokenize
     (tmp_path / "validation.txt").write_text("the cat sat\non a mat\n\nand ran far away\n")
     own(tmp_path / "rows", validation={"body": ["the cat sat", "on a mat", "and ran far away"]})
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()
-    plain = evaluate(model, tokenizer, get_task("text"), tmp_path, progress=False)
-    rows = evaluate(model, tokenizer, get_task("text", text_columns=["body"]), tmp_path / "rows", progress=False)
-    assert plain["tokens"] == 11  # 10 words and two special tokens, the first of which is not predicted
-    assert rows == plain
+    plain = evaluate(model, tokenizer, get_task("text", 6), tmp_path, progress=False)
+    task = get_task("text", 6, text_columns=["body"])
+    assert plain["tokens"] == 10  # 10 words and two special tokens in two windows, whose first ones are not predicted
+    assert evaluate(model, tokenizer, task, tmp_path / "rows", progress=False) == plain
     with pytest.raises(LowRankError, match="text has no data set of its own; pass a folder as data_dir"):
         load_split(get_task("text"), "validation", None)

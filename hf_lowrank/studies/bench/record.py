@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
@@ -92,7 +92,11 @@ class Case:
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """A whole run. `load_seconds` and `first_output_seconds` (loading included) are medians, `bytes` file sizes."""
+    """A whole run. `load_seconds` and `first_output_seconds` (loading included) are medians, `bytes` file sizes.
+
+    `cache_bytes` are of the keys and values of one token: as they are kept, and what they would be if in their place
+    the inner channels of those with factors were kept, which no runtime does; empty where they are not known.
+    """
 
     model: str
     dense: str
@@ -105,6 +109,7 @@ class BenchRecord:
     load_seconds: dict[str, float]
     first_output_seconds: dict[str, float]
     cases: tuple[Case, ...]
+    cache_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def setup(self) -> str:
@@ -177,6 +182,8 @@ class BenchRecord:
             ("load, ms", self.load_seconds, "{:,.0f}", 1e-3),
             ("load and first output, ms", self.first_output_seconds, "{:,.0f}", 1e-3),
         ]
+        if self.cache_bytes:
+            rows.append(("cache a token, B (could be)", self.cache_bytes, "{:,.0f}", 1))
         for name, values, pattern, unit in rows:
             if values[DENSE] is not None:
                 both = [pattern.format(values[which] / unit) for which in (DENSE, LOW)]

@@ -19,6 +19,7 @@ from hf_lowrank.folder.densify import densify_folder
 from hf_lowrank.folder.reading import load_whole, own_class, read_config
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.jobs.turns import Call, seconds_in_turns
+from hf_lowrank.studies.bench.cache import cache_bytes
 from hf_lowrank.studies.bench.machine import machine_facts
 from hf_lowrank.studies.bench.measure import operations, peak_bytes
 from hf_lowrank.studies.bench.record import DENSE, LOW, BenchRecord, Case
@@ -92,10 +93,10 @@ def _bench(places: dict[str, Any], dense_name: str, config: BenchConfig, progres
     if models[DENSE].config.vocab_size != models[LOW].config.vocab_size:
         raise LowRankError(f"{places[DENSE][1]} has another vocabulary than {places[LOW][1]}: is it the dense model?")
     shapes = [(batch, length) for batch in config.batches for length in config.lengths]
-    cases: list[Case] = []
+    measured: list[Case] = []
     with bar("benchmarking", len(shapes), "shapes", progress) as shown, torch.inference_mode():
         for batch, length in shapes:
-            cases += _cases(models, batch, length, config, device)
+            measured += cases(models, batch, length, config, device)
             shown.update()
     return BenchRecord(
         model=Path(places[LOW][1]).resolve().name,
@@ -108,7 +109,8 @@ def _bench(places: dict[str, Any], dense_name: str, config: BenchConfig, progres
         bytes={which: _file_bytes(place) for which, (_, place) in places.items()},
         load_seconds=loads,
         first_output_seconds=first_outputs,
-        cases=tuple(cases),
+        cases=tuple(measured),
+        cache_bytes=cache_bytes(models[LOW]) if _is_causal(models[LOW]) else {},
     )
 
 
@@ -135,10 +137,10 @@ def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {which: statistics.median(taken) for which, taken in seconds.items()}
 
 
-def _cases(
+def cases(
     models: dict[str, PreTrainedModel], batch: int, length: int, config: BenchConfig, device: torch.device
 ) -> Iterator[Case]:
-    """The phases of one shape of input."""
+    """The phases of one shape of input, both models in turns."""
     generates = _is_causal(models[LOW])
     phases: dict[str, Callable[[PreTrainedModel], Call]] = {
         "prefill" if generates else "forward": lambda model: _forward(model, batch, length)
