@@ -89,10 +89,10 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   scaling        two processes against one                                                 about 2 minutes
-  labels         labels of the data against drawn ones, by three seeds; needs --model       about 10 minutes for MiniLM
+  labels         labels of the data, drawn, and of the model, by three seeds; needs --model about 15 minutes for MiniLM
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
-  sequential     factors behind the compressed prefix against one-shot ones; needs --model about 15 minutes for MiniLM
+  sequential     factors behind the compressed prefix against one-shot ones; needs --model about 20 minutes for MiniLM
   bytes          score by bytes and speed, low rank with int8 and int4; needs --model      about 10 minutes for MiniLM
   residual       low rank as what rounding lost, at equal bytes; needs --model             about 6 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
@@ -207,9 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
     parser.add_argument("--sample", type=_positive, default=200, help="mutation: mutants to try (default: 200)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="mutation: which mutants; sequential: which samples (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="mutation: which mutants (default: 0)")
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
         "--model",

@@ -1,119 +1,81 @@
-"""What centred moments, factors behind the compressed prefix, and their anchor bring at equal parameters."""
+"""Factors behind the compressed prefix against those of one shot → scores, divergences and CPU seconds, over seeds."""
 
-import copy
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from benchmarks.harness import Options, Result, Row
-from hf_lowrank import CompressionConfig, Statistics, compress, compute_statistics
-from hf_lowrank.compression.solution import LayerSolver
-from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.loading import load_model
+from benchmarks.study import SAMPLES, SEEDS, Figures, Study, spread
+from hf_lowrank import CompressionConfig
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.tasks import get_task, load_validation
-from hf_lowrank.tasks.calibration import calibration_loader
-from hf_lowrank.training.divergence import Reference
-from hf_lowrank.training.evaluate import evaluate_splits
 
 RATIOS = (0.33, 0.2, 0.1)
-ALLOCATIONS = ("uniform", "greedy")
-SAMPLES, BATCH_SIZE = 512, 16
 
 
 def run(options: Options) -> Result:
-    """Score, divergence from dense and CPU seconds of every variant, by allocation and share of the ranks."""
-    if options.model is None or options.task is None:
-        raise LowRankError("sequential needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
-    study = _Study(options)
-    rows: list[Row] = []
-    with bar("sequential", len(ALLOCATIONS) * len(VARIANTS), "rows") as shown:
-        for allocation in ALLOCATIONS:
-            for variant in VARIANTS:
-                rows.append(study.row(allocation, variant))
-                shown.update()
+    """Score, divergence from dense and CPU seconds of every variant, by share of the ranks, over calibration seeds."""
+    study = Study(options, "sequential")
+    found: dict[tuple[str, float], list[Figures]] = {}
+    with bar("sequential", len(SEEDS) * len(VARIANTS) * len(RATIOS), "models") as shown:
+        for ratio in reversed(RATIOS):
+            for seed in SEEDS:
+                for variant in VARIANTS:
+                    key = {"variant": variant, "seed": seed, "ranks": ratio}
+                    figures = study.row(key, lambda: VARIANTS[variant](study, seed, ratio))  # noqa: B023
+                    found.setdefault((variant, ratio), []).append(figures)
+                    shown.update()
+    rows = [_row(study, variant, ratio, found) for ratio in RATIOS for variant in VARIANTS]
+    seconds = fmean(study.statistics("model", seed)[1] for seed in SEEDS)
     return Result(
         f"{study.task.score} on {study.task.name} without fine-tuning; dense {study.dense:.2f}",
         rows,
         [
-            f"Score, divergence from dense, and CPU seconds of factorizing, besides the {study.seconds:.0f} that "
-            f"measuring the statistics takes once: {SAMPLES} samples, labels drawn from the model, seed {options.seed}."
+            f"kfac with greedy ranks by statistics of {SAMPLES} samples, which take {seconds:.0f} CPU seconds; means ± "
+            f"standard errors over seeds {', '.join(map(str, SEEDS))} of the calibration. From dense: "
+            f"{found[next(iter(found))][0]['measure']}; × is the mean as a share of the first line's."
         ],
-        {"model": Path(options.model).name, "task": study.task.name, "dense": study.dense, "seed": options.seed},
+        {"model": study.name, "task": study.task.name, "dense": study.dense},
     )
 
 
-class _Study:
-    """The model, its statistics and its data, loaded once."""
-
-    def __init__(self, options: Options) -> None:
-        self.task = get_task(options.task or "")
-        self.model, self.tokenizer = load_model(options.model or "", self.task)
-        self.validation = load_validation(self.task, options.data_dir, self.tokenizer, self.model.config)
-        self.reference = Reference(self.model, self.tokenizer, self.task, self.validation)
-        rest: Any = (options.data_dir, SAMPLES, BATCH_SIZE, options.seed, "model")
-        self.loader = calibration_loader(self.model, self.tokenizer, self.task, *rest)
-        started = time.process_time()
-        needs = CompressionConfig().needs
-        self.statistics = compute_statistics(self.model, self.loader, needs, progress=False, labels="model")
-        self.seconds = time.process_time() - started
-        self.dense = self._score(self.model)
-
-    def row(self, allocation: str, variant: str) -> Row:
-        """What becomes of the model at every share of the ranks."""
-        row = {"allocation": allocation, "factors": variant}
-        for ratio in RATIOS:
-            started = time.process_time()
-            low_rank = VARIANTS[variant](self, CompressionConfig(rank_ratio=ratio, allocation=allocation))
-            seconds = time.process_time() - started
-            divergence = self.reference.divergence(low_rank, progress=False).mean
-            row[f"{ratio:.0%}"] = f"{self._score(low_rank):.2f}, {divergence:.4f}, {seconds:.0f} s"
-        return row
-
-    def compressed(self, config: CompressionConfig, statistics: Statistics | None = None) -> PreTrainedModel:
-        """A copy of the model, compressed."""
-        model, known = copy.deepcopy(self.model), statistics or self.statistics
-        return compress(model, config, known, progress=False, batches=self.loader)[0]
-
-    def _score(self, model: PreTrainedModel) -> float:
-        return evaluate_splits(model, self.tokenizer, self.task, self.validation, progress=False)["score"]
+def _row(study: Study, variant: str, ratio: float, found: Mapping[tuple[str, float], list[Figures]]) -> Row:
+    figures = found[variant, ratio]
+    apart, before = ([each["divergence"] for each in of] for of in (figures, found[next(iter(VARIANTS)), ratio]))
+    scores = [each["score"] for each in figures]
+    return {
+        "ranks": f"{ratio:.0%}",
+        "factors": variant,
+        "score": spread(scores, "{:.2f}"),
+        "of dense": f"{fmean(scores) / study.dense:.1%}",
+        "from dense": spread(apart, "{:.4f}"),
+        "×": f"{fmean(apart) / fmean(before):.2f}",
+        "CPU seconds": f"{fmean(each['seconds'] for each in figures):.0f}",
+    }
 
 
-def _not_centred(study: _Study, config: CompressionConfig) -> PreTrainedModel:
-    means = {name: torch.zeros_like(total) for name, total in study.statistics.sums["activation_mean"].items()}
-    return study.compressed(config, replace(study.statistics, sums=study.statistics.sums | {"activation_mean": means}))
+def _before(study: Study, seed: int, ratio: float) -> Figures:
+    statistics, _ = study.statistics("data", seed)
+    zeros = {name: torch.zeros_like(total) for name, total in statistics.sums["activation_mean"].items()}
+    not_centred = replace(statistics, sums=statistics.sums | {"activation_mean": zeros})
+    return study.measured(_config(ratio, False), not_centred)
 
 
-def _without_anchor(study: _Study, config: CompressionConfig) -> PreTrainedModel:
-    with _forgetting_the_drift():
-        return study.compressed(replace(config, sequential=True))
+def _one_shot(study: Study, seed: int, ratio: float) -> Figures:
+    return study.measured(_config(ratio, False), study.statistics("model", seed)[0])
 
 
-VARIANTS: dict[str, Callable[[_Study, CompressionConfig], PreTrainedModel]] = {
-    "one-shot, not centred": _not_centred,
-    "one-shot": _Study.compressed,
-    "sequential, without the anchor": _without_anchor,
-    "sequential": lambda study, config: study.compressed(replace(config, sequential=True)),
+def _sequential(study: Study, seed: int, ratio: float) -> Figures:
+    return study.measured(_config(ratio, True), study.statistics("model", seed)[0], study.samples("model", seed))
+
+
+def _config(ratio: float, sequential: bool) -> CompressionConfig:
+    return CompressionConfig("kfac", ratio, sequential=sequential)
+
+
+VARIANTS: dict[str, Callable[[Study, int, float], Figures]] = {
+    "labels of the data, not centred": _before,
+    "one shot": _one_shot,
+    "sequential": _sequential,
 }
-
-
-@contextmanager
-def _forgetting_the_drift() -> Iterator[None]:
-    """Within the block sequential factors stand for the dense weight, on the inputs of the compressed model."""
-    before = LayerSolver.behind
-
-    def behind(solver: LayerSolver, names: Sequence[str], sums: Mapping[str, Tensor]) -> LayerSolver:
-        return before(solver, names, {kind: total for kind, total in sums.items() if "drift" not in kind})
-
-    LayerSolver.behind = behind  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        LayerSolver.behind = before  # type: ignore[method-assign]

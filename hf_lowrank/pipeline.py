@@ -38,7 +38,7 @@ from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.container import statistics_digest
-from hf_lowrank.statistics.labels import ModelLabels
+from hf_lowrank.statistics.labels import Labels, ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
@@ -208,14 +208,18 @@ class Pipeline:
         tokenizer, task = self.reading
         return DataLoader(rows, batch_size=batch_size, collate_fn=collator(task, tokenizer))
 
-    def candidate(self, progress: bool = False) -> "Pipeline":
+    def candidate(self, progress: bool = False, **calibration: Any) -> "Pipeline":
         """A pipeline of a copy of the model, on the same data, which are not read again.
 
         Args:
             progress: whether its bars are shown.
+            calibration: `samples`, `batch_size` and `labels` of its statistics, where they are others.
         """
         other = copy.copy(self)
         other.model, other.facts, other.progress = copy.deepcopy(self.model), {**self.facts}, progress
+        vars(other).update(calibration)
+        if calibration:
+            vars(other).pop("calibration", None)
         return other
 
     def settled(self, config: CompressionConfig) -> CompressionConfig:
@@ -329,7 +333,7 @@ class Pipeline:
             self.model,
             self._rows_by(whose),
             kinds,
-            labels=ModelLabels(readout=self._readout) if self._readout is not None and whose == "model" else whose,
+            labels=self._labels(whose),
             include=include,
             exclude=exclude,
             origin=self.origin | origin,
@@ -375,7 +379,7 @@ class Pipeline:
         config = self.settled(config or CompressionConfig(**settings))
         measured = statistics or self.statistics(config)
         profile = profile or self.profile(config, measured)
-        rest: Any = {"work": self.work, "profile": profile, "batches": self._rows_again(config, measured)}
+        rest: Any = {"work": self.work, "profile": profile, **self._rows_again(config, measured)}
         self.model, self.report = compress(self.model, config, measured, self.progress, **rest)
         return self.report
 
@@ -401,7 +405,7 @@ class Pipeline:
         profile = self.profile(config, measured)
         limit = limit_for(self.model, *self.reading, self.validation, keep_score, max_loss_increase)
         try:
-            rest: Any = {"batches": self._rows_again(config, measured), "progress": self.progress}
+            rest: Any = {"progress": self.progress, **self._rows_again(config, measured)}
             found = search_smallest(self.model, config, measured, limit.measure, limit.accepts, profile, **rest)
         except LowRankError as error:
             raise LowRankError(f"{error}; wanted {limit}") from None
@@ -570,11 +574,17 @@ class Pipeline:
                 known |= {"labels": mapping}
         return known
 
-    def _rows_again(self, config: CompressionConfig, statistics: Statistics | None) -> DataLoader | None:
-        """The samples of the statistics, for sequential factors."""
-        if statistics is None or not config.sequential:
-            return None
-        return self._rows_by("data" if statistics.labels == "data" else "model")
+    def _rows_again(self, config: CompressionConfig, statistics: Statistics | None) -> dict[str, Any]:
+        """The samples of the statistics and their labels, for sequential factors."""
+        wanted = get_method(config.method).sequential if config.sequential is None else config.sequential
+        if statistics is None or not wanted:
+            return {}
+        whose = "data" if statistics.labels == "data" else "model"
+        return {"batches": self._rows_by(whose), "labels": self._labels(whose)}
+
+    def _labels(self, whose: str) -> str | Labels:
+        """Labels of that name, of what counts of the model's outputs."""
+        return ModelLabels(readout=self._readout) if self._readout is not None and whose == "model" else whose
 
     @property
     def _readout(self) -> Readout | None:

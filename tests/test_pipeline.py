@@ -61,7 +61,7 @@ def test_what_it_saves_scores_the_same_and_is_what_the_command_saves(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pipeline = loaded(place, samples=24)
-    pipeline.compress(rank_ratio=0.4)
+    assert pipeline.compress(rank_ratio=0.4).settings["sequential"]
     pipeline.save(tmp_path / "small", note="by hand")
     task = get_task("cola")
     model, tokenizer = load_model(str(tmp_path / "small"), task)

@@ -61,6 +61,16 @@ def checked_labels(given: str | None) -> str | None:
     return given
 
 
+SequentialOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="Factorize layers in the order of the forward pass, each for what it reads behind those before it: nearer "
+        "to the dense model, and about three times the measuring. Default: the method's own, yes for kfac.",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class FactorOptions:
     """How factors are found and stored: the fields of `CompressionConfig` of these names."""
@@ -73,14 +83,7 @@ class FactorOptions:
         str,
         typer.Option(help="The basis between the two factors: flat, which loses least by int8 and int4, or balanced."),
     ] = DEFAULT_GAUGE
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential",
-            help="Factorize layers in the order of the forward pass, each for what it reads behind those before it: "
-            "nearer to the dense model, and about three times the measuring.",
-        ),
-    ] = False
+    sequential: SequentialOption = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hf_lowrank.cli.options import (
     LayerOptions,
     MethodsOption,
     ModelArgument,
+    SequentialOption,
     StatisticsCalibration,
     TaskOption,
     chosen_methods,
@@ -43,6 +44,7 @@ class SweepOptions:
     bf16: Annotated[bool, typer.Option("--bf16", help="Fine-tune in bfloat16, which is faster.")] = False
     align: AlignOption = None
     form: FormOption = "factors"
+    sequential: SequentialOption = None
     layers: LayerOptions
     data: DataOptions
     calibration: StatisticsCalibration
@@ -60,7 +62,7 @@ class SweepOptions:
         over: dict[str, Any] = {"methods": chosen_methods(self.method), "budget": self.budget.replace("-", "_")}
         over["values"] = tuple(float(value) if _is_number(value) else value for value in self.value)
         over["allocations"] = tuple(self.allocation) if self.allocation else None
-        rest = {name: getattr(self, name) for name in ("epochs", "bf16", "align", "form")}
+        rest = {name: getattr(self, name) for name in ("epochs", "bf16", "align", "form", "sequential")}
         return SweepConfig(**over, **rest, **self.layers.patterns)
 
 

@@ -14,7 +14,7 @@ from hf_lowrank.compression.directions import PARTS, Directions
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
-from hf_lowrank.compression.sequential import behind_each_other, check_sequential
+from hf_lowrank.compression.sequential import behind_each_other, check_sequential, prefix_of
 from hf_lowrank.compression.solution import LayerSolver, kept_report
 from hf_lowrank.compression.stored import choose_stored
 from hf_lowrank.compression.uses import layers_for
@@ -30,7 +30,8 @@ from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.statistics.batches import Batch
-from hf_lowrank.statistics.prefix import Prefix, marked_batches
+from hf_lowrank.statistics.labels import Labels
+from hf_lowrank.statistics.prefix import Prefix
 
 
 def compress(
@@ -41,6 +42,7 @@ def compress(
     profile: Profile | None = None,
     work: Work | None = None,
     batches: Iterable[Batch] | None = None,
+    labels: str | Labels | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
 
@@ -59,7 +61,9 @@ def compress(
         progress: whether bars are shown.
         profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
         work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
-        batches: the samples of the statistics, with several processes a share of them, for `config.sequential`.
+        batches: the samples of the statistics, with several processes a share of them, for sequential factors: what
+            the default method makes where they are given (see `CompressionConfig.sequential`).
+        labels: whose labels the losses of `batches` are by, as in `compute_statistics`; None for the statistics' own.
 
     Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
     DistributedDataParallel is taken out of it.
@@ -99,11 +103,12 @@ def compress(
     else:
         decided = _decided(decide, work)
     ranks = {name: decided.get(name) for name in targets}
-    prefix = None
-    if config.sequential and any(rank is not None for rank in ranks.values()):
-        chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
-        whose = "model" if statistics is not None and statistics.labels != "data" else "data"
-        prefix = Prefix.of(model, chosen, marked_batches(model, chosen, batches or (), whose, progress))
+    chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
+    own = "model" if statistics is not None and statistics.labels != "data" else "data"
+    prefix = prefix_of(model, chosen, config, batches, labels or own, progress)
+    del chosen  # so that what is replaced can be freed
+    if config.sequential is None:
+        config = replace(config, sequential=prefix is not None)
     try:
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
@@ -143,7 +148,7 @@ def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[s
         )
     targets = find_targets(model, config.include, config.exclude)
     check_weights(targets)
-    check_sequential(targets, config)
+    check_sequential(model, targets, config)
     if config.form != "factors" and any(target.kind in ("embedding", "convolution") for target in targets.values()):
         raise LowRankError(
             f"the {config.form} form is for linear layers: compress embeddings and convolutions in a step of their own"
@@ -218,7 +223,7 @@ def _replace_layers(
     costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
     kept = work.store("factors") if work is not None else None
     steps: Iterable[tuple[LayerSolver, Sequence[str]]]
-    steps = [(solver, [*costs])] if prefix is None else behind_each_other(prefix, solver, kept)
+    steps = [(solver, [*costs])] if prefix is None else behind_each_other(prefix, solver, costs, kept)
 
     with bar(f"factorizing by {config.method}", len(costs), "layers", progress) as shown:
         for step_solver, names in steps:

@@ -42,6 +42,8 @@ class CompressionConfig:
         gauge: the basis of their inner channels, "flat" (least lost by rounding) or "balanced" (see `GAUGES`).
         sequential: whether layers are factorized in the order of the forward pass, each for what it reads behind those
             before it, so as to say what the dense layer would have said: for methods that count inputs by their moment.
+            None for the method's own (`Method.sequential`), which is in one shot where the samples are not given, or
+            where a layer is an expert, a tied embedding, or used several times; the report says which.
 
     Raises:
         LowRankError: an unknown name, a value out of range, or several budgets.
@@ -64,7 +66,7 @@ class CompressionConfig:
     optimizer: str | None = None
     form: str = FORM_NAMES[0]
     gauge: str = DEFAULT_GAUGE
-    sequential: bool = False
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -83,8 +85,8 @@ class CompressionConfig:
         check_choice("gauge", self.gauge, GAUGE_NAMES)
         if self.gauge != DEFAULT_GAUGE and self.form != FORM_NAMES[0]:
             raise LowRankError(f"the {self.form} form has a basis of its own: leave out the gauge {self.gauge!r}")
-        if self.sequential and not method.sequential:
-            able = ", ".join(name for name, method in METHODS.items() if method.sequential)
+        if self.sequential and not method.can_be_sequential:
+            able = ", ".join(name for name, method in METHODS.items() if method.can_be_sequential)
             raise LowRankError(f"{self.method} does not count inputs by their moment; sequential is for {able}")
         if self.budget.kind == "latency" and self.form != FORM_NAMES[0]:
             raise LowRankError(PLAIN_ONLY)

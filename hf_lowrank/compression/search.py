@@ -15,6 +15,7 @@ from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
 from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.labels import Labels
 
 # The search begins with the largest budget below what the model has, and ends when the budget is known, to this share
 # of the targeted parameters.
@@ -40,12 +41,13 @@ def search_smallest(
     profile: Profile | None = None,
     progress: bool = True,
     batches: Iterable[Batch] | None = None,
+    labels: str | Labels | None = None,
 ) -> Found:
     """The model of fewest parameters whose measurement is accepted, by bisection of the budget `keep`.
 
     `config` says everything but the budget. `model` itself is left as it is: each candidate is a copy. Measurements
     need not fall evenly with the size; what is returned was measured and accepted. The largest candidate is measured
-    first, and the search ends where it is not accepted. `batches` are for `config.sequential` (see `compress`).
+    first, and the search ends where it is not accepted. `batches` and `labels` are as in `compress`.
 
     Raises:
         LowRankError: nothing smaller than the model is accepted; the message says what came nearest.
@@ -56,7 +58,7 @@ def search_smallest(
     with bar("searching", None, "models", progress) as shown:
         while high - low > RESOLUTION * (1 + 1e-9):
             try:
-                found = _measured(model, config, statistics, keep, profile, measure, batches)
+                found = _measured(model, config, statistics, keep, profile, measure, batches, labels)
             except AlreadySmaller:  # by its form alone
                 high, keep = keep, (low + keep) / 2
                 continue
@@ -85,12 +87,13 @@ def _measured(
     profile: Profile | None,
     measure: Callable[[PreTrainedModel], float],
     batches: Iterable[Batch] | None,
+    labels: str | Labels | None,
 ) -> Found | None:
     """A copy of the model at a budget, and its measurement; None where the budget is below the least possible."""
     budget = {kind: keep if kind == "keep" else None for kind in BUDGETS}
     settings = replace(config, **budget)  # type: ignore[arg-type]
     try:
-        candidate = compress(copy.deepcopy(model), settings, statistics, False, profile, batches=batches)
+        candidate = compress(copy.deepcopy(model), settings, statistics, False, profile, batches=batches, labels=labels)
     except AlreadySmaller:
         raise
     except ImpossibleBudget:

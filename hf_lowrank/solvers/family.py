@@ -32,6 +32,8 @@ class Method:
         iterates: whether it has no closed form, and a choice of optimizers.
         labels: whose labels its statistics are by unless said otherwise: "data", as the papers' are, or "model" (see
             `compute_statistics`).
+        sequential: whether factors are found behind each other unless said otherwise, where the samples are given and
+            all layers can (see `CompressionConfig`).
     """
 
     name: str
@@ -42,9 +44,10 @@ class Method:
     in_loss_units: bool = False
     iterates: bool = False
     labels: str = "data"
+    sequential: bool = False
 
     @property
-    def sequential(self) -> bool:
+    def can_be_sequential(self) -> bool:
         """Whether factors can be found behind a compressed prefix: where inputs count by their moment."""
         return "activation_mean" in self.needs and not self.iterates
 
@@ -98,6 +101,7 @@ METHODS = {
             "greedy",
             in_loss_units=True,
             labels="model",
+            sequential=True,
         ),
         Method(
             "gfwsvd",

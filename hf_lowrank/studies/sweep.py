@@ -168,6 +168,7 @@ class _Bench:
             "samples": self.pipeline.samples,
             **{name: getattr(self.config, name) for name in fixed},
             "labels": self.pipeline.labels,
+            "sequential": "by method" if self.config.sequential is None else self.config.sequential,
             "model weights": model_digest(self.model),
             "training data": data_digest(self.pipeline.rows(rows)),
             "validation data": content_digest(self.pipeline.validation),

@@ -21,6 +21,7 @@ class SweepConfig:
         budget: a key of `BUDGETS`, `values` its values.
         epochs: of fine-tuning after compression, scored besides; 0 for none. `bf16` makes it faster.
         include: as in `CompressionConfig`, of all models alike; so are `exclude`, `align` and `form`.
+        sequential: likewise, of the methods that can.
 
     Raises:
         LowRankError: an unknown name, or a value out of range.
@@ -36,6 +37,7 @@ class SweepConfig:
     exclude: tuple[str, ...] | None = None
     align: int | None = None
     form: str = "factors"
+    sequential: bool | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -51,8 +53,14 @@ class SweepConfig:
         """Every compression of the sweep, in order."""
         common: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude", "align", "form")}
         return [
-            CompressionConfig(method, allocation=allocation, **common | {self.budget: value})
+            CompressionConfig(
+                method, allocation=allocation, sequential=self._sequential(method), **common | {self.budget: value}
+            )
             for method in self.methods
             for allocation in self.allocations or (get_method(method).allocation,)
             for value in self.values
         ]
+
+    def _sequential(self, method: str) -> bool | None:
+        """As asked for, where the method can; a method that cannot is what it always is."""
+        return self.sequential if get_method(method).can_be_sequential else None

@@ -208,6 +208,56 @@ def test_a_model_comes_nearer_to_the_dense_one(architecture: str, form: str) -> 
     assert near < far
 
 
+def outputs(model: PreTrainedModel, data: list[Batch]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**batch).logits.flatten() for batch in data])
+
+
+def by_default(model: PreTrainedModel, given: bool = True, **settings: Any) -> tuple[PreTrainedModel, bool]:
+    """The model by the default of its method, with its samples or without, and whether that was sequential."""
+    data, config = batches(model), CompressionConfig(**{"rank_ratio": 0.25, "allocation": "uniform"} | settings)
+    statistics = compute_statistics(model, data, config.needs, include=config.include, progress=False)
+    found, report = compress(model, config, statistics, False, batches=data if given else None)
+    return found, report.settings["sequential"]
+
+
+def test_the_default_method_is_sequential_where_it_can_be_and_says_so() -> None:
+    data, (expected, _) = batches(tiny_bert()), sequential(tiny_bert())
+    found, is_sequential = by_default(tiny_bert())
+    assert is_sequential
+    assert torch.equal(outputs(found, data), outputs(expected, data))
+    one_shot, _ = sequential(tiny_bert(), sequential=False)
+    found, is_sequential = by_default(tiny_bert(), given=False)
+    assert not is_sequential
+    assert torch.equal(outputs(found, data), outputs(one_shot, data))
+    assert not by_default(tiny_bert(), method="whiten")[1]
+    assert not by_default(tiny_albert())[1]
+    assert not by_default(tiny_gpt2(), include=("wte", "h.*"))[1]
+
+
+def answers_of(model: PreTrainedModel, name: str, batch: Batch) -> Tensor:
+    """What a layer says of the tokens that are no padding."""
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        return layer(inputs_of(model, name, batch))[batch["attention_mask"].bool()]
+
+
+def test_what_comes_behind_a_compressed_embedding_mends_what_that_loses() -> None:
+    """It reads the same tokens in both models, and is solved before all others."""
+    model, data = tiny_bert(), batches(tiny_bert())
+    given: Any = {"method": "whiten", "include": ("word_embeddings", "layer.*")}
+    dense, (far, _) = copy.deepcopy(model), sequential(copy.deepcopy(model), sequential=False, **given)
+    found, _ = sequential(model, **given)
+    name = "bert.embeddings.word_embeddings"
+    for part in ("up", "down"):
+        one, two = (getattr(each.get_submodule(name), part).weight for each in (far, found))
+        torch.testing.assert_close(two, one)
+    value = "bert.encoder.layer.0.attention.self.value"
+    said = [torch.cat([answers_of(each, value, batch) for batch in data]) for each in (dense, far, found)]
+    assert (said[2] - said[0]).norm() < 0.97 * (said[1] - said[0]).norm()
+    assert by_default(tiny_bert(), include=given["include"])[1]
+
+
 def test_a_compressed_model_is_compressed_further_and_dtypes_stay() -> None:
     model, _ = sequential(tiny_bert().bfloat16(), rank_ratio=0.4)
     again, report = sequential(model, rank_ratio=0.2)
@@ -258,8 +308,8 @@ def test_what_cannot_be_sequential_is_refused_before_anything_is_edited() -> Non
         CompressionConfig("tfwsvd", sequential=True)
     with pytest.raises(LowRankError, match=r"^albert\..* is used 3 times in a forward pass"):
         sequential(tiny_albert())
-    with pytest.raises(LowRankError, match=r"^bert.embeddings.word_embeddings reads tokens: exclude it"):
-        sequential(tiny_bert(), include=("word_embeddings",))
+    with pytest.raises(LowRankError, match=r"^transformer.wte reads tokens, and lm_head, which is tied to it, hidden"):
+        sequential(tiny_gpt2(), include=("wte", "h.*"))
     model = tiny_bert()
     config = CompressionConfig(sequential=True)
     statistics = compute_statistics(model, batches(model), config.needs, progress=False)

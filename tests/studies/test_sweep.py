@@ -72,3 +72,6 @@ def test_divergence_and_labels_are_noted(places: Path, tmp_path: Path, monkeypat
     code, _, error = run(monkeypatch, capfd, *given, "--labels", "data")
     assert code == 2
     assert "holds a sweep with labels 'model', this one has 'data'" in error
+    code, _, error = run(monkeypatch, capfd, *given, "--labels", "model", "--no-sequential")
+    assert code == 2
+    assert "holds a sweep with sequential 'by method', this one has False" in error

@@ -31,7 +31,8 @@ class Run:
     def settings(self) -> Settings:
         """What its result depends on, without fine-tuning."""
         chosen = {"method": self.method, "budget": self.budget, "statistics": self.statistics}
-        return {"step": "compress", **_without_step(self.dense.settings), **chosen}
+        own = {"sequential": True} if get_method(self.method).sequential and "sequential" not in self.budget else {}
+        return {"step": "compress", **_without_step(self.dense.settings), **chosen, **own}
 
     @property
     def statistics_name(self) -> str:

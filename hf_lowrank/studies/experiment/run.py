@@ -196,7 +196,7 @@ class _Group:
         """Compress, score, and fine-tune and score again; of what has a record, only what the next step needs."""
         pipeline, base = self.base
         statistics = self._statistics(run)
-        candidate = pipeline.candidate(progress=True)
+        candidate = pipeline.candidate(progress=True, **run.statistics)
         report = candidate.compress(compression_config(run.method, run.budget), statistics)
         facts: Record = {"base_model": pipeline.name, "task": self.task.name, "data": pipeline.origin["data"]}
         facts |= {**card_facts(candidate.model), **facts, "seed": self.dense.seed}
