@@ -36,6 +36,7 @@ from benchmarks import (
     sequential,
     shrink,
     startup,
+    tasks,
     truncated_svd,
 )
 from benchmarks.harness import Options, Result, machine_facts
@@ -71,6 +72,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "mutation": mutation.run,
     "lm": lm.run,
     "gpu": gpu.run,
+    "tasks": tasks.run,
 }
 
 NEED_MODEL = ("attention", "bytes", "calibration", "heal", "labels", "profile", "residual", "sequential", "shrink")
@@ -105,6 +107,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   lm             a small Llama, trained here by lm --train, compressed by every method     hours each
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
+  tasks          a small model of every kind of task, a third of its ranks kept          about 10 minutes
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.

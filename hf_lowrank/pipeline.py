@@ -42,7 +42,7 @@ from hf_lowrank.statistics.labels import Labels, ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
-from hf_lowrank.tasks.task import Texts
+from hf_lowrank.tasks.task import KINDS, Texts
 from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.divergence import Divergence, Reference
 from hf_lowrank.training.evaluate import evaluate_described, evaluate_splits, score_and_loss
@@ -569,7 +569,9 @@ class Pipeline:
         """What the record says of where the model comes from."""
         known: dict[str, Any] = {"base_model": self.name, "versions": versions()}
         if self.task is not None:
-            known |= {"task": self.task.name, "data": self.origin["data"]}
+            known |= {"task": self.task.name, "data": self.origin["data"], "metric": self.task.score}
+            known |= {"auto_class": KINDS[self.task.kind]}  # of several that load the model, the task's
+            known |= {"dataset": self.task.hub[0]} if self.task.own_data and self.data_dir is None else {}
             if mapping := label_mapping(self.task, self.model.config):
                 known |= {"labels": mapping}
         return known

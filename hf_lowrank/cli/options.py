@@ -96,6 +96,10 @@ class DataOptions:
             help="A folder with train and validation files (parquet, csv, json, jsonl, txt). Default: the Hub's."
         ),
     ] = None
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="In place of a folder a data set on the Hub, NAME or NAME:CONFIG, for tasks of own data."),
+    ] = None
     text_column: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,6 +121,7 @@ class DataOptions:
             LowRankError: as `get_task`.
         """
         columns: dict[str, Any] = {"text_columns": self.text_column, "label_column": self.label_column}
+        columns |= {"dataset": self.dataset}
         return get_task(name, self.max_length, data_dir=self.data_dir, **columns)
 
 
@@ -138,7 +143,7 @@ class DataOrTexts(DataOptions):
         Raises:
             LowRankError: both were given; or as `get_task`.
         """
-        if self.texts is not None and (task is not None or self.data_dir is not None):
+        if self.texts is not None and not (task is self.data_dir is self.dataset is None):
             raise LowRankError("give --task (and --data-dir) or --texts, not both")
         return None if task is None else self.of_task(task)
 

@@ -39,7 +39,7 @@ def shrink_command(context: typer.Context, model: ModelArgument, given: ShrinkOp
     from hf_lowrank.folder.facts import public_name, versions
     from hf_lowrank.folder.loading import stored_dtype
     from hf_lowrank.folder.saving import save_compressed
-    from hf_lowrank.folder.tokenizers import load_tokenizer
+    from hf_lowrank.folder.tokenizers import CONFIG, load_tokenizer, reads_images
     from hf_lowrank.jobs.distributed import refuse_several
     from hf_lowrank.model.locating import resolve
 
@@ -47,7 +47,7 @@ def shrink_command(context: typer.Context, model: ModelArgument, given: ShrinkOp
     claim(context, given.output, model)
     folder = resolve(model)
     smaller, report = shrink_saved(folder, **vars(given.budgets))
-    tokenizer = load_tokenizer(folder) if (Path(folder) / "tokenizer_config.json").is_file() else None
+    tokenizer = load_tokenizer(folder) if (Path(folder) / CONFIG).is_file() or reads_images(str(folder)) else None
     facts: dict[str, Any] = {"base_model": public_name(model), "versions": versions()}
     save_compressed(smaller, tokenizer, report, given.output, given.overwrite, stored_dtype(model), **facts)
     if given.as_json:

@@ -32,7 +32,13 @@ METRICS = {
     "matthews": ("matthews_correlation", "Matthews correlation (%)"),
     "pearson_spearman": ("pearson_spearman", "mean of Pearson and Spearman correlation (%)"),
     "perplexity": ("perplexity", "perplexity"),
+    "micro_f1": ("f1", "micro F1 (%)"),
+    "squad_f1": ("f1", "F1 of answers (%)"),
+    "rougeL": ("rouge", "ROUGE-L (%)"),
+    "chrf": ("chrf", "chrF (%)"),
 }
+# Auto classes whose models the Hub knows by another word than transformers' pipelines, of which some have none.
+TAGS = {"AutoModelForQuestionAnswering": "question-answering", "AutoModelForSeq2SeqLM": "text2text-generation"}
 MOST_DRAWN = 1000
 REQUIRED = ("settings", "parameters_before", "parameters_after", "layers")
 INHERITED = ("license", "license_name", "license_link", "language", "datasets")
@@ -58,6 +64,7 @@ def render_card(record: Record, name: str) -> str:
         "settings": {key: value for key, value in record["settings"].items() if key != "method" and value is not None},
         "factorized": [layer for layer in _all_layers(record) if layer["rank"] is not None],
         "earlier": [described(step) for step in record.get("earlier", ())],
+        "reader": _reader(record),
         "picture": PICTURE if _is_drawn(record) else None,
         "rows": _rows(record),
         "columns": _columns(record),
@@ -66,6 +73,13 @@ def render_card(record: Record, name: str) -> str:
         "citations": citations(record["settings"]["method"]),
     }
     return str(ModelCard.from_template(_metadata(record, name), template_str=template, **facts)).strip() + "\n"
+
+
+def _reader(record: Record) -> dict[str, str] | None:
+    """How what reads a model's inputs is called and loaded, where it lies beside the model."""
+    if record.get("image_processor"):
+        return {"name": "processor", "auto_class": "AutoImageProcessor"}
+    return {"name": "tokenizer", "auto_class": "AutoTokenizer"} if record.get("tokenizer") else None
 
 
 def write_card(folder: str | Path, record: Record, name: str) -> None:
@@ -174,8 +188,8 @@ def _metadata(record: Record, name: str) -> ModelCardData:
     base, task = record.get("base", {}), TASKS.get(record.get("task", ""))
     datasets = base.get("datasets") or []
     datasets = [datasets] if isinstance(datasets, str) else list(datasets)
-    if task is not None and record.get("data") == task.hub[0]:
-        datasets.append(task.hub[0])
+    if task is not None and (hub := _hub(record, task)):
+        datasets.append(hub)
     facts: Record = {key: base[key] for key in INHERITED if key in base and key != "datasets"}
     if base.get("on_hub") and "base_model" in record:
         facts["base_model"] = record["base_model"]
@@ -185,15 +199,24 @@ def _metadata(record: Record, name: str) -> ModelCardData:
         facts |= {"eval_results": scores, "model_name": name.rpartition("/")[2]}
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=_pipeline(record.get("auto_class")),
+        pipeline_tag=_pipeline(record),
         tags=["low-rank", "compression", "svd", record["settings"]["method"], "custom_code"],
         datasets=list(dict.fromkeys(datasets)) or None,
         **facts,
     )
 
 
-def _pipeline(auto_class: str | None) -> str | None:
-    """The pipeline whose models an Auto class loads."""
+def _hub(record: Record, task: Task) -> str | None:
+    """The data set on the Hub that statistics were measured on, if it was one."""
+    data = record.get("data")
+    return data if data and data in (task.hub[0], record.get("dataset")) else None
+
+
+def _pipeline(record: Record) -> str | None:
+    """The word by which the Hub knows what a model does: of what writes texts the task, else by its Auto class."""
+    auto_class, task = record.get("auto_class"), record.get("task")
+    if auto_class in TAGS:
+        return task if task in ("summarization", "translation") else TAGS[auto_class]
     pipelines: dict[str, Any] = SUPPORTED_TASKS
     tags = (tag for tag, one in pipelines.items() if auto_class in [known.__name__ for known in one["pt"]])
     return next(tags, None)
@@ -203,19 +226,20 @@ def _eval_results(record: Record) -> list[EvalResult] | None:
     """The last measured score, with the data it was measured on."""
     task = TASKS.get(record.get("task", ""))
     last = last_score(record)
-    tag = _pipeline(record.get("auto_class"))
+    tag = _pipeline(record)
     if task is None or last in (None, "dense") or tag is None:
         return None
-    score, hub = record[f"score_{last}"], (_scored_on(record) or {}).get("data") == task.hub[0]
+    known, scored = _hub(record, task), (_scored_on(record) or {}).get("data")
+    score, hub = record[f"score_{last}"], scored if scored and scored in (task.hub[0], known) else None
     return [
         EvalResult(
             task_type=tag,
-            dataset_type=task.hub[0] if hub else task.name,
+            dataset_type=hub or task.name,
             dataset_name=task.name,
             dataset_config=task.hub[1] if hub else None,
             dataset_split=task.validation[0],
-            metric_type=_metric(task)[0],
-            metric_name=_metric(task)[1],
+            metric_type=_metric(record, task)[0],
+            metric_name=_metric(record, task)[1],
             metric_value=round(score, 4),
         )
     ]
@@ -237,7 +261,7 @@ def _kinds(record: Record) -> list[str]:
 def _rows(record: Record) -> list[list[str]]:
     """What was measured, dense and compressed; a row of which nothing is known is left out, a lone gap stays empty."""
     task = TASKS.get(record.get("task", ""))
-    metric = _metric(task)[1] if task else "score"
+    metric = _metric(record, task)[1] if task else "score"
     base, latency = record.get("base", {}), record.get("latency", {})
     before, after = record["parameters_before"], record["parameters_after"]
     size = record.get("weights_bytes")
@@ -279,8 +303,10 @@ def _scored_on(record: Record) -> Record | None:
     return found
 
 
-def _metric(task: Task) -> tuple[str, str]:
-    return METRICS.get(task.score, (task.score, task.score.replace("_", " ")))
+def _metric(record: Record, task: Task) -> tuple[str, str]:
+    """That of the score: a task has another where the library that computes its own was not installed."""
+    score = record.get("metric", task.score)
+    return METRICS.get(score, (score, score.replace("_", " ")))
 
 
 def _number(value: float | None, form: str, unit: float = 1.0) -> str:

@@ -1,7 +1,7 @@
 """MODEL, a folder or a Hub name → the model and tokenizer of a task, with nothing in them made up."""
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -18,6 +18,9 @@ from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
 from hf_lowrank.tasks.labels import mapping_note
 
+FLAGS: Literal["multi_label_classification"] = (
+    "multi_label_classification"  # transformers' name of labels that may each apply
+)
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -74,6 +77,8 @@ def load_trained(name: str, task: Task) -> PreTrainedModel:
     saved_as = (model.config.architectures or [type(model).__name__])[0]
     if saved_as.removeprefix("LowRank") != type(model).__name__.removeprefix("LowRank"):
         raise LowRankError(f"{name} is a {saved_as}, which is not a model for {task.name}")
+    if task.kind == "multi_label":
+        _check_flags(model.config, name, task)
     unpack(model)
     return model.to(device)
 
@@ -115,7 +120,7 @@ def load_for_finetuning(
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
     fresh = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     body = [key for key in fresh if not _in_head(model, key)]
-    if body or (fresh and task.kind == "causal_lm"):
+    if body or (fresh and task.labels_are_tokens):
         raise LowRankError(
             f"{name} has not all weights of a {type(model).__name__}: {(body or fresh)[0]} is not in it or has another "
             "shape; only a head for the task is made anew"
@@ -123,6 +128,15 @@ def load_for_finetuning(
     if matched and not fresh:
         say_once(matched)
     return model.to(PartialState().device), tokenizer, fresh
+
+
+def _check_flags(config: PreTrainedConfig, name: str, task: Task) -> None:
+    """Raise where a model chooses one label of several; one that does not say is taken for what the task says."""
+    if config.problem_type not in (None, FLAGS):
+        raise LowRankError(
+            f"{name} is trained for {config.problem_type}, which {task.name} is not; fine-tune it on the task first"
+        )
+    config.problem_type = FLAGS
 
 
 def _cut(config: PreTrainedConfig, layers: int | None) -> None:
@@ -145,7 +159,7 @@ def _set_labels(config: PreTrainedConfig, task: Task) -> None:
         if not known >= {label.lower() for label in task.label_names}:
             config.id2label = dict(enumerate(task.label_names))
             config.label2id = {label: number for number, label in config.id2label.items()}
-        config.problem_type = None
+        config.problem_type = FLAGS if task.kind == "multi_label" else None
 
 
 def _in_head(model: PreTrainedModel, key: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.compression.directions import Directions
 from hf_lowrank.compression.report import CompressionReport
@@ -69,10 +69,16 @@ def save_model(
         if record is not None:
             record = {**record, "fingerprint": fingerprint(model, whole)}
             if isinstance(model, LowRankMixin):
-                record = {**card_facts(model), "tokenizer": tokenizer is not None, **record}
+                record = {**card_facts(model), **_reader(tokenizer), **record}
                 record["weights_bytes"] = weights_bytes(whole)
                 write_card(whole, record, Path(folder).resolve().name)
             write_json(whole / RECORD, record)
+
+
+def _reader(tokenizer: Any) -> dict[str, bool]:
+    """What reads the inputs of a saved model, for its record."""
+    images = isinstance(tokenizer, BaseImageProcessor)
+    return {"image_processor": True} if images else {"tokenizer": tokenizer is not None}
 
 
 def add_facts(folder: str | Path, **facts: Any) -> None:

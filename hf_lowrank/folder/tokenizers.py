@@ -1,6 +1,8 @@
-"""A folder or a Hub name → its tokenizer; never one that transformers made up for want of files."""
+"""A folder or a Hub name → its tokenizer, or image processor; never one that transformers made up for want of files."""
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from hf_lowrank.errors import LowRankError
@@ -8,16 +10,27 @@ from hf_lowrank.folder.hub_errors import hub_problem, one_line
 
 # Any of these is a whole tokenizer, whatever its class calls its files.
 WHOLE = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
+CONFIG = "tokenizer_config.json"
 _OPTIONAL = ("tokenizer_file", "tokenizer_config_file", "normalizer_file")
 
 
+IMAGES = "preprocessor_config.json"  # what a model of images has instead
+
+
+def reads_images(name: str) -> bool:
+    """Whether an image processor, and no tokenizer, lies beside the model called `name`."""
+    return bool(stored_file(name, IMAGES)) and not any(stored_file(name, file) for file in (*WHOLE, CONFIG))
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the model called `name`.
+    """The tokenizer that lies beside the model called `name`; of models of images the image processor.
 
     Raises:
         LowRankError: there is none, or it cannot be read. transformers would make up one that knows no words.
     """
     remedy = "save that of the model it was made from: AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)"
+    if reads_images(name):
+        return _image_processor(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, TypeError, ImportError, tokenizers its own
@@ -26,6 +39,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if lacking := _lacking(name, type(tokenizer)):
         raise LowRankError(f"{name} has no tokenizer ({', '.join(lacking)} are not there); {remedy}")
     return tokenizer
+
+
+def _image_processor(name: str) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError where Pillow is missing
+        raise LowRankError(f"the image processor of {name} cannot be read: {one_line(error)}") from error
 
 
 def stored_file(name: str, file: str) -> str | None:

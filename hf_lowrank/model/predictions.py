@@ -14,6 +14,10 @@ from hf_lowrank.errors import LowRankError
 
 IGNORED, UNKNOWN, UNKNOWN_NUMBER = -100, -1, -math.inf  # labels of tokens that do not count; of what has none
 
+# What of a batch a model is told, and is to say by itself: labels, or where an answer begins and ends.
+SPAN = ("start_positions", "end_positions")
+TARGETS = ("labels", *SPAN)
+
 # From a model's outputs and its batch to what counts of them [batch, features], such as pooled embeddings.
 Readout = Callable[[Any, dict[str, Any]], Tensor]
 
@@ -34,12 +38,14 @@ class Predicted:
         values: [rows, k] in float32.
         sample: of which sample of the batch each row is [rows], in rising order.
         samples: how many samples the batch has.
+        possible: which of the k a sample's rows can be at all [samples, k], where that is not all of them.
     """
 
     kind: str
     values: Tensor
     sample: Tensor
     samples: int
+    possible: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -51,7 +57,8 @@ def predict(model: nn.Module, batch: dict[str, Any], readout: Readout | None = N
     """Run a model on a batch. Labels are not read; where there are some, -100 says which tokens do not count.
 
     Of token classifiers and language models a row is a token that counts, by default one that is no padding; a causal
-    language model's last token predicts nothing. Of a model without a head it is the last hidden state of a token.
+    language model's last token predicts nothing. Of a model without a head it is the last hidden state of a token. Of
+    a model that marks an answer in a text two rows are a sample: where it begins, and where it ends.
 
     Args:
         readout: what to take instead of all that: from outputs and batch to [batch, features].
@@ -75,6 +82,8 @@ def read(model: nn.Module, outputs: Any, batch: dict[str, Any], readout: Readout
         return _of_tokens("classes", logits, batch, is_causal(model))
     if isinstance(logits, Tensor) and logits.ndim == 2:
         return _of_samples(_kind(model, logits, batch.get("labels")), logits.float())
+    if (spans := span_logits(outputs, batch)) is not None:
+        return _of_spans(spans)
     if logits is None and isinstance(hidden, Tensor) and hidden.ndim == 3:
         return _of_tokens("vector", hidden, batch)
     raise LowRankError(
@@ -126,13 +135,33 @@ def mean_pooled(outputs: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def unlabelled(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch without its labels, but for those that a decoder reads, shifted, as its own inputs."""
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+    """A batch without its `TARGETS`, but for labels that a decoder reads, shifted, as its own inputs."""
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in TARGETS}
     labels: Any = batch.get("labels")
     shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if getattr(model.config, "is_encoder_decoder", False) and shifted and _are_classes(labels) and labels.ndim == 2:
         inputs.setdefault("decoder_input_ids", shifted(labels=labels))
     return inputs
+
+
+def span_logits(outputs: Any, batch: dict[str, Any]) -> Tensor | None:
+    """The logits of where answers begin and end [batch, 2, tokens], the least there are where tokens are padding.
+
+    None of outputs of another kind.
+    """
+    start, end = getattr(outputs, "start_logits", None), getattr(outputs, "end_logits", None)
+    if not isinstance(start, Tensor) or not isinstance(end, Tensor):
+        return None
+    logits, mask = torch.stack([start, end], dim=1).float(), batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != start.shape:
+        return logits
+    return logits.masked_fill(~mask.bool().to(logits.device)[:, None], torch.finfo(logits.dtype).min)
+
+
+def _of_spans(logits: Tensor) -> Predicted:
+    samples = torch.arange(len(logits), device=logits.device).repeat_interleave(2)
+    possible = logits[:, 0] > torch.finfo(logits.dtype).min
+    return Predicted("classes", logits.flatten(0, 1), samples, len(logits), possible)
 
 
 def _of_samples(kind: str, values: Tensor) -> Predicted:

@@ -143,6 +143,8 @@ def projected_losses(predicted: Predicted, numbers: Sequence[int], seed: int) ->
     """For each sample a scalar [samples] whose squared gradient is what the model says of it (see `ModelLabels`)."""
     counts = predicted.counts.tolist()
     rows = predicted.values.split(counts)
+    if predicted.possible is not None:  # what is padding to a sample alone
+        rows = tuple(values[:, kept] for values, kept in zip(rows, predicted.possible, strict=True))
     root = _ROOTS[predicted.kind]
     pairs = zip(rows, numbers, strict=True)
     losses = [(values * root(values.detach(), _signs(values, seed, number))).sum() for values, number in pairs]

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.predictions import IGNORED, UNKNOWN, UNKNOWN_NUMBER, is_causal
+from hf_lowrank.model.predictions import IGNORED, SPAN, UNKNOWN, UNKNOWN_NUMBER, is_causal, span_logits, unlabelled
 from hf_lowrank.statistics.batches import Batch, batch_size
 
 SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
@@ -19,12 +19,15 @@ class NotSeparable(Exception):
 
 
 def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's own loss for a batch of one sample [1].
+    """The model's own loss for a batch of one sample [1]; of marked answers without padding among the answers.
 
     Raises:
         LowRankError: the model returned no loss, because the batch has no labels for it.
     """
-    loss = getattr(model(**batch), "loss", None)
+    outputs = model(**batch)
+    loss = getattr(outputs, "loss", None)
+    if loss is not None and all(key in batch for key in SPAN) and (logits := span_logits(outputs, batch)) is not None:
+        return _span_losses(logits, batch)
     if loss is None:
         raise LowRankError(
             f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: "
@@ -34,17 +37,23 @@ def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each sample's own mean loss [batch], for sequence and token classification and causal language models.
+    """Each sample's own mean loss [batch], for classification of sequences and tokens, language models and answers.
 
     `compute_statistics` checks the answer against `own_loss` before relying on it.
 
     Raises:
         NotSeparable: the model or its labels are of another kind.
     """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or getattr(model.config, "is_encoder_decoder", False):
+    labels, spans = batch.get("labels"), all(key in batch for key in SPAN)
+    writes = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    if not (spans or isinstance(labels, Tensor)) or (getattr(model.config, "is_encoder_decoder", False) and not writes):
         raise NotSeparable
-    logits = getattr(model(**{key: value for key, value in batch.items() if key != "labels"}), "logits", None)
+    outputs = model(**unlabelled(model, batch))
+    if spans and (marked := span_logits(outputs, batch)) is not None:
+        return _span_losses(marked, batch)
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(labels, Tensor):
+        raise NotSeparable
     if isinstance(logits, Tensor) and logits.ndim == 3 and labels.shape == logits.shape[:2]:
         return _token_losses(logits[:, :-1], labels[:, 1:]) if is_causal(model) else _token_losses(logits, labels)
     if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(labels):
@@ -71,8 +80,11 @@ def labelled(model: PreTrainedModel, batch: Batch) -> list[int]:
 def label_count(model: PreTrainedModel, batch: Batch, samples: int) -> int:
     """How many labels the losses of a batch are means over: its labelled tokens, its numbers, or one for each sample.
 
-    Several numbers for a sample are a vector to predict, or a yes or no for each of its labels.
+    Several numbers for a sample are a vector to predict, or a yes or no for each of its labels. An answer has two
+    labels, where it begins and where it ends.
     """
+    if all(key in batch for key in SPAN):
+        return 2 * samples
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         return samples
@@ -106,6 +118,17 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, the mean over each sample's labelled tokens: logits [batch, tokens, classes] → [batch]."""
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return losses.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp_min(1)
+
+
+def _span_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean cross entropy of where an answer begins and ends: logits [batch, 2, tokens] → [batch].
+
+    As in transformers' own models, a place behind the last token adds nothing.
+    """
+    tokens = logits.shape[-1]
+    places = torch.stack([batch[key].view(-1) for key in SPAN], dim=1).clamp(0, tokens).to(logits.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), places, ignore_index=tokens, reduction="none")
+    return losses.mean(dim=1)
 
 
 def _sequence_losses(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:

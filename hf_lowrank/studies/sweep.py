@@ -24,6 +24,7 @@ from hf_lowrank.jobs.distributed import refuse_several
 from hf_lowrank.jobs.files import held, read_json, write_json, write_text
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.jobs.turns import Call, seconds_in_turns
+from hf_lowrank.model.predictions import unlabelled
 from hf_lowrank.model.targets import dense_parameters, factorized_layers
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.pipeline import Pipeline
@@ -151,7 +152,7 @@ class _Bench:
     @torch.inference_mode()
     def _relative_latency(self, low_rank: PreTrainedModel) -> float:
         """The time of a batch relative to the dense model's, the median of rounds in which both take turns."""
-        batch = {key: value.to(self.model.device) for key, value in self.batch.items() if key != "labels"}
+        batch = {k: v.to(self.model.device) for k, v in unlabelled(self.model, self.batch).items()}
         models = {"dense": self.model.eval(), "low_rank": low_rank.eval()}
         calls: dict[str, Call] = {name: partial(model, **batch) for name, model in models.items()}
         seconds = seconds_in_turns(calls, LATENCY_ROUNDS, self.model.device)

@@ -38,7 +38,11 @@ def check_ends(rows: Iterable[Sequence[int]], task: Task, config: PreTrainedConf
     Raises:
         LowRankError: the tokenizer puts none, or not the same number into every row.
     """
-    if not getattr(config, "is_encoder_decoder", False) or task.kind not in ("classification", "regression"):
+    if not getattr(config, "is_encoder_decoder", False) or task.kind not in (
+        "classification",
+        "regression",
+        "multi_label",
+    ):
         return
     ends = {list(ids).count(config.eos_token_id) for ids in rows}
     if ends == {0} or len(ends) > 1:
@@ -55,10 +59,13 @@ def check_rows(rows: Dataset, task: Task, classes: int) -> None:
         LowRankError: it names the column, a value and its row.
     """
     words = task.kind == "token_classification" and task.texts is None
-    for column in task.text:
+    for column in task.text if task.kind != "image_classification" else ():
         kind, usable = ("a list of words", _is_words) if words else _CHATS if task.chat else ("a text", _is_text)
         _refuse(rows[column], column, usable, f"{task.name} needs {kind} there")
     if task.label is None:
+        return
+    if task.kind in _LABELS:
+        _refuse(rows[task.label], task.label, *_LABELS[task.kind](task))
         return
     if words:
         _refuse(rows[task.label], task.label, _is_list, f"{task.name} needs a list of labels there")
@@ -108,3 +115,30 @@ _CHATS = ("a list of messages with role and content", is_chat)
 
 def _is_words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def _are_answers(value: Any) -> bool:
+    """Whether it is a dict of as many texts as places."""
+    known: dict[str, Any] = value if isinstance(value, dict) else {}
+    texts, starts = known.get("text", []), known.get("answer_start", [])
+    whole = _is_words(texts) and isinstance(starts, list) and len(starts) == len(texts)
+    return whole and all(isinstance(start, int) and start >= 0 for start in starts)
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, list) and len(set(value)) == len(value)
+
+
+def _answers(task: Task) -> tuple[Callable[[Any], bool], str]:
+    return _are_answers, f"{task.name} needs lists text and answer_start there, equally long"
+
+
+def _labels(task: Task) -> tuple[Callable[[Any], bool], str]:
+    return _are_labels, f"{task.name} needs a list of the labels that apply there, each of them once"
+
+
+def _written(task: Task) -> tuple[Callable[[Any], bool], str]:
+    return _is_text, f"{task.name} needs a text there"
+
+
+_LABELS = {"question_answering": _answers, "multi_label": _labels, "seq2seq": _written}

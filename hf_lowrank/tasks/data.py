@@ -2,17 +2,24 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.predictions import SPAN
 from hf_lowrank.tasks.encoding import encode
 from hf_lowrank.tasks.task import Task, Texts
 
 FEW_TEXTS, HELD_OUT = 20, 10
+
+# The columns of encoded rows that say what a model reads and is to say, of which there are two at least.
+READ = ("input_ids", "encoded_image", "labels", *SPAN, "known_answers")
+
+VALIDATION = ("validation", "valid", "val", "dev", "test")  # what held-out data are called, the first that there is
 
 FILE_FORMATS = {"parquet": "parquet", "csv": "csv", "json": "json", "jsonl": "json", "txt": "text"}
 
@@ -27,19 +34,8 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     """
     if task.texts is not None:
         return _split_of_texts(task.texts, split)
-    if data_dir is None and not task.hub[0]:
-        raise LowRankError(f"{task.name} has no data set of its own; pass a folder as data_dir")
-    source = f"{task.hub[0]} ({split})"
-    given: dict[str, Any] = {"path": task.hub[0], "name": task.hub[1], "split": split}
-    if data_dir is not None:
-        file_format, files = _local_files(data_dir, split)
-        source = files[0] if len(files) == 1 else f"{data_dir} ({split})"
-        given = {"path": file_format, "data_files": files, "split": "train"}
-        given |= {"keep_linebreaks": True} if file_format == "text" else {}
-    try:
-        rows = load_dataset(**given)
-    except Exception as error:  # datasets raises its own, pyarrow's, pandas' and network errors
-        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {reason(error)}") from error
+    rows = load_rows(task, split, data_dir)
+    source = data_name(task, data_dir)
     needed = [*task.text, *([task.label] if task.label else [])]
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
@@ -47,9 +43,45 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
             f"{task.name} needs the column {missing[0]!r}, which {source} has not for {split!r}; "
             f"its columns are {', '.join(rows.column_names)}"
         )
+    return _numbered(rows, task) if task.label_values else rows
+
+
+def load_rows(task: Task, split: str, data_dir: Path | None) -> Dataset:
+    """The rows of a split with all their columns; of translations, a column for each language.
+
+    Raises:
+        LowRankError: no such file, or an unreadable or empty one.
+    """
+    if data_dir is None and not task.hub[0]:
+        raise LowRankError(f"{task.name} has no data set of its own; pass a folder as data_dir")
+    source = f"{task.hub[0]} ({split})"
+    given: dict[str, Any] = {"path": task.hub[0], "name": task.hub[1], "split": split}
+    if data_dir is not None:
+        source, given = _local(data_dir, split)
+    try:
+        rows = load_dataset(**given)
+    except Exception as error:  # datasets raises its own, pyarrow's, pandas' and network errors
+        raise LowRankError(f"the data of {task.name} cannot be read from {source}: {reason(error)}") from error
     if not len(rows):
         raise LowRankError(f"{source} has no rows; {task.name} needs one for {split!r} at least")
-    return _numbered(rows, task) if task.label_values else rows
+    return rows.flatten() if task.kind == "seq2seq" else rows
+
+
+def on_hub(task: Task, dataset: str) -> Task:
+    """The task on another data set, a folder's or the Hub's name with a config behind a colon where it has several.
+
+    Raises:
+        LowRankError: there is no such data set, or it has no split to validate on.
+    """
+    name, _, config = dataset.partition(":")
+    try:
+        splits = get_dataset_split_names(name, config or None)
+    except Exception as error:  # datasets raises its own and network errors
+        raise LowRankError(f"the data set {dataset} cannot be read: {reason(error)}") from error
+    held_out = [split for split in VALIDATION if split in splits]
+    if not held_out or "train" not in splits:
+        raise LowRankError(f"{dataset} has the splits {', '.join(splits)}; it takes train, and validation or test")
+    return replace(task, hub=(name, config or None), validation=(held_out[0],))
 
 
 def _split_of_texts(texts: Texts, split: str) -> Dataset:
@@ -89,10 +121,10 @@ def data_name(task: Task, data_dir: Path | None) -> str:
 
 
 def content_digest(splits: Sequence[Dataset]) -> str:
-    """A digest of the token ids and labels of encoded rows, whatever their order."""
+    """A digest of what is read and to be said of encoded rows, whatever their order."""
     digest = hashlib.blake2b(digest_size=16)
     for rows in splits:
-        pairs = zip(rows["input_ids"], rows["labels"], strict=True)
+        pairs = zip(*(rows[column] for column in READ if column in rows.column_names), strict=True)
         digests = sorted(hashlib.blake2b(repr(pair).encode(), digest_size=16).digest() for pair in pairs)
         digest.update(len(digests).to_bytes(8, "big") + b"".join(digests))
     return digest.hexdigest()
@@ -102,13 +134,15 @@ def _numbered(rows: Dataset, task: Task) -> Dataset:
     """The rows with labels 0, 1, … instead of the values that stand in the data."""
     numbers = {value: number for number, value in enumerate(task.label_values)}
     labels = rows[task.label]
-    unknown = [label for label in labels if label not in numbers]
+    several = task.kind == "multi_label"
+    unknown = [label for row in labels for label in (row or [] if several else [row]) if label not in numbers]
     if unknown:
         raise LowRankError(
             f"{len(unknown)} labels of {task.name} are not among those of the training data "
             f"({', '.join(task.label_names)}), such as {unknown[0]!r}"
         )
-    return rows.remove_columns([task.label]).add_column(task.label, [numbers[label] for label in labels])
+    own = [row and [numbers[label] for label in row] if several else numbers[row] for row in labels]
+    return rows.remove_columns([task.label]).add_column(task.label, own)
 
 
 def load_validation(
@@ -130,12 +164,25 @@ def refuse_no_folder(folder: Path) -> None:
 
 
 def has_split(folder: Path, split: str) -> bool:
-    """Whether a folder has files of a split."""
-    return any(path.suffix.removeprefix(".") in FILE_FORMATS for path in folder.glob(f"{split}*"))
+    """Whether a folder has files, or a folder of images, of a split."""
+    return (folder / split).is_dir() or any(
+        path.suffix.removeprefix(".") in FILE_FORMATS for path in folder.glob(f"{split}*")
+    )
+
+
+def _local(folder: Path, split: str) -> tuple[str, dict[str, Any]]:
+    """What the rows of a split are called, and how `load_dataset` reads them: a folder of images for each class."""
+    refuse_no_folder(folder)
+    images = folder / split
+    if images.is_dir():
+        return str(images), {"path": "imagefolder", "data_dir": str(images), "split": "train"}
+    file_format, files = _local_files(folder, split)
+    given: dict[str, Any] = {"path": file_format, "data_files": files, "split": "train"}
+    given |= {"keep_linebreaks": True} if file_format == "text" else {}
+    return files[0] if len(files) == 1 else f"{folder} ({split})", given
 
 
 def _local_files(folder: Path, split: str) -> tuple[str, list[str]]:
-    refuse_no_folder(folder)
     for suffix, file_format in FILE_FORMATS.items():
         files = sorted(str(path) for path in folder.glob(f"{split}*.{suffix}") if path.is_file())
         if files:

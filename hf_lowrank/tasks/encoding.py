@@ -17,11 +17,14 @@ from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.model.predictions import IGNORED, UNKNOWN, UNKNOWN_NUMBER
 from hf_lowrank.tasks.chats import encode_chats
 from hf_lowrank.tasks.checks import check_ends, check_rows, checked_length
+from hf_lowrank.tasks.images import ImageCollator, encode_images, stored_images
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
+from hf_lowrank.tasks.masked import encode_masked
+from hf_lowrank.tasks.multi_label import FlagsCollator, encode_labels
+from hf_lowrank.tasks.questions import QuestionCollator, encode_questions
+from hf_lowrank.tasks.sequences import PairCollator, encode_pairs
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.windows import chosen_windows, windows
-
-MASKED = 0.15  # the share of a text's tokens that a masked language model is to tell
 
 
 def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Dataset:
@@ -34,7 +37,7 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
         LowRankError: texts that are none; labels that are missing, of another type, or that the model does not know; a
             length that the model cannot read, or in which no text has room; nothing is left.
     """
-    length = checked_length(task, tokenizer, config)
+    length = 0 if task.kind == "image_classification" else checked_length(task, tokenizer, config)
     tokenizer = copy.deepcopy(tokenizer)  # it remembers how it was called, and would be saved with that
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -46,14 +49,28 @@ def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config
         say_once(said)
     if task.packed:
         return windows(rows[task.text[0]], task, tokenizer, length)
-    if task.kind == "causal_lm" and not task.chat:
-        rows = rows.select([number for number, text in enumerate(rows[task.text[0]]) if text.strip()])
+    rows = _prepared(rows, task)
     encoded = rows.map(tokenise, batched=True, remove_columns=rows.column_names, desc=f"tokenising {task.name}")
     if not len(encoded):
         raise LowRankError(f"the texts of {task.name} are empty: there is nothing to predict")
-    check_ends(encoded["input_ids"], task, config)
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    return encoded.select(np.argsort(lengths, kind="stable"))
+    if "input_ids" in encoded.column_names:
+        check_ends(encoded["input_ids"], task, config)
+    return encoded.select(np.argsort(lengths_of(encoded), kind="stable"))
+
+
+def lengths_of(rows: Dataset) -> list[int]:
+    """The tokens of every encoded row, 1 of what is none."""
+    return [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else [1] * len(rows)
+
+
+def _prepared(rows: Dataset, task: Task) -> Dataset:
+    """The rows that are to be encoded, with what their kind needs besides."""
+    if task.kind in ("causal_lm", "masked_lm") and not task.chat:
+        return rows.select([number for number, text in enumerate(rows[task.text[0]]) if text.strip()])
+    if task.kind == "question_answering":
+        beside = [name for name in ("example",) if name in rows.column_names]
+        return rows.remove_columns(beside).add_column("example", list(range(len(rows))))
+    return stored_images(rows, task) if task.kind == "image_classification" else rows
 
 
 def encode_chosen(
@@ -75,6 +92,8 @@ def collator(task: Task, tokenizer: PreTrainedTokenizerBase) -> Any:
     """What joins encoded rows into a padded batch."""
     if task.kind in ("classification", "regression", "embedding", "similarity"):
         return DataCollatorWithPadding(tokenizer)
+    if task.kind in _COLLATORS:
+        return _COLLATORS[task.kind](tokenizer)
     tokenizer = copy.deepcopy(tokenizer)  # what it needs here is not to be saved
     if tokenizer.pad_token is None:  # never seen: padding is masked, and its labels are ignored
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -116,21 +135,6 @@ def _encode_words(batch: dict, task: Task, tokenizer: Any, length: int, label_id
     return {**encoded, "labels": labels}
 
 
-def _encode_masked(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
-    """Some tokens of a text, chosen by the text alone, are masked, and are its labels."""
-    if tokenizer.mask_token_id is None:
-        raise LowRankError(f"{task.name} needs a tokenizer with a mask token for a masked language model")
-    encoded = dict(tokenizer(batch[task.text[0]], truncation=True, max_length=length, return_special_tokens_mask=True))
-    special = encoded.pop("special_tokens_mask")
-    encoded["labels"] = [[IGNORED] * len(ids) for ids in encoded["input_ids"]]
-    for ids, labels, specials in zip(encoded["input_ids"], encoded["labels"], special, strict=True):
-        ordinary = [place for place, is_special in enumerate(specials) if not is_special]
-        count = min(len(ordinary), max(1, round(MASKED * len(ordinary))))
-        for place in np.random.default_rng(ids).choice(ordinary, count, replace=False).tolist() if count else ():
-            labels[place], ids[place] = ids[place], tokenizer.mask_token_id
-    return encoded
-
-
 def _encode_text(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:
     if task.chat:
         return encode_chats(batch[task.text[0]], tokenizer, length)
@@ -144,7 +148,18 @@ _ENCODERS = {
     "regression": _encode_sequence,
     "token_classification": _encode_words,
     "causal_lm": _encode_text,
-    "masked_lm": _encode_masked,
+    "masked_lm": encode_masked,
     "embedding": _encode_sequence,
     "similarity": _encode_apart,
+    "question_answering": encode_questions,
+    "multi_label": encode_labels,
+    "seq2seq": encode_pairs,
+    "image_classification": encode_images,
+}
+
+_COLLATORS: dict[str, Any] = {
+    "question_answering": QuestionCollator,
+    "multi_label": FlagsCollator,
+    "seq2seq": PairCollator,
+    "image_classification": ImageCollator,
 }

@@ -3,6 +3,8 @@
 What computes them is imported where it is used: it takes over a second, and the names of tasks need none of it.
 """
 
+import string
+from collections import Counter
 from typing import Any
 
 
@@ -43,6 +45,66 @@ def macro_f1(predictions: Any, labels: Any) -> dict[str, float]:
     from sklearn.metrics import f1_score
 
     return {**accuracy(predictions, labels), "macro_f1": 100 * f1_score(labels, predictions, average="macro")}
+
+
+def labels_f1(predictions: Any, labels: Any) -> dict[str, float]:
+    """F1 over all labels of all samples together, the mean F1 of all labels that occur, and the samples all right."""
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    flags = MultiLabelBinarizer().fit([*predictions, *labels])
+    found, right = flags.transform(predictions), flags.transform(labels)
+    figures = {f"{mean}_f1": 100 * f1_score(right, found, average=mean, zero_division=0) for mean in ("micro", "macro")}
+    return {**figures, "exact_match": 100 * accuracy_score(right, found)}
+
+
+def squad(predictions: Any, labels: Any) -> dict[str, float]:
+    """Exact matches and F1 of words with the nearest right answer, without case, articles and punctuation (SQuAD's).
+
+    >>> squad(["The Nile"], [["the river Nile", "Nile"]])
+    {'exact_match': 100.0, 'squad_f1': 100.0}
+    """
+    pairs = [
+        (_words(text), [_words(one) for one in known or [""]]) for text, known in zip(predictions, labels, strict=True)
+    ]
+    exact = [max(float(words == one) for one in known) for words, known in pairs]
+    shared = [max(_overlap(words, one) for one in known) for words, known in pairs]
+    return {"exact_match": 100 * sum(exact) / len(pairs), "squad_f1": 100 * sum(shared) / len(pairs)}
+
+
+def _words(text: str) -> list[str]:
+    """The words of an answer that count."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def _overlap(words: list[str], right: list[str]) -> float:
+    """F1 of two bags of words."""
+    if not words or not right:
+        return float(words == right)
+    common = sum((Counter(words) & Counter(right)).values())
+    return 2 * common / (len(words) + len(right))
+
+
+def rouge(predictions: Any, labels: Any) -> dict[str, float]:
+    """ROUGE-1, -2 and -L, F1 of stems, by rouge_score (Lin, 2004)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names, use_stemmer=True)
+    found = [scorer.score(right, text) for text, right in zip(predictions, labels, strict=True)]
+    return {name: 100 * sum(scores[name].fmeasure for scores in found) / len(found) for name in names}
+
+
+def chrf(predictions: Any, labels: Any) -> dict[str, float]:
+    """chrF (Popović, 2015) and BLEU of the whole data, by sacrebleu."""
+    import sacrebleu
+
+    known = [list(labels)]
+    return {
+        "chrf": sacrebleu.corpus_chrf(list(predictions), known).score,
+        "bleu": sacrebleu.corpus_bleu(list(predictions), known).score,
+    }
 
 
 def entities(predictions: Any, labels: Any) -> dict[str, float]:

@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks.metrics import accuracy, correlation, entities, f1, matthews
+from hf_lowrank.tasks.metrics import (
+    accuracy,
+    chrf,
+    correlation,
+    entities,
+    f1,
+    labels_f1,
+    macro_f1,
+    matthews,
+    rouge,
+    squad,
+)
 from hf_lowrank.tasks.task import Task
 
 
 def _glue(name: str, text: tuple[str, ...], score: str, metrics: Callable, names: tuple[str, ...], **rest: Any) -> Task:
     kind = "classification" if names else "regression"
     return Task(name, kind, text, "label", ("nyu-mll/glue", name), score, metrics, names, **rest)
+
+
+def _own(name: str, kind: str, text: tuple[str, ...], label: str | None, score: str, **rest: Any) -> Task:
+    return Task(name, kind, text, label, ("", None), score, own_data=True, **rest)
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -65,6 +80,20 @@ TASKS = {
         ),
         Task("text", "causal_lm", ("text",), None, ("", None), "perplexity", packed=True, max_length=2048),
         Task("chat", "causal_lm", ("messages",), None, ("", None), "perplexity", chat=True, max_length=2048),
+        _own("fill-mask", "masked_lm", ("text",), None, "perplexity", max_length=512),
+        _own(
+            "question-answering",
+            "question_answering",
+            ("question", "context"),
+            "answers",
+            "squad_f1",
+            metrics=squad,
+            max_length=384,
+        ),
+        _own("multi-label", "multi_label", ("text",), "labels", "micro_f1", metrics=labels_f1, max_length=256),
+        _own("summarization", "seq2seq", ("document",), "summary", "rougeL", metrics=rouge, max_length=512),
+        _own("translation", "seq2seq", ("source",), "target", "chrf", metrics=chrf),
+        _own("image-classification", "image_classification", ("image",), "label", "accuracy", metrics=macro_f1),
     )
 }
 
@@ -98,16 +127,27 @@ def get_task(
     data_dir: Path | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    dataset: str | None = None,
 ) -> Task:
-    """The task called `name` (`task_name`), cut at another length or reading other columns if given.
+    """The task called `name` (`task_name`), cut at another length or reading other data or columns if given.
 
     "custom" is a classification, or regression where the labels are fractions, of the files in `data_dir`; the names of
-    its columns must be given.
+    its columns must be given. Of a task with data of your own columns are found (see `settled`), unless given.
+
+    Args:
+        name: in whatever case.
+        max_length: the tokens that texts are cut at.
+        data_dir: a folder with the files of your own data.
+        text_columns: the names of the columns that are read.
+        label_column: the name of the column of the labels.
+        dataset: in place of a folder a data set on the Hub, with a config after a colon if it has several.
 
     Raises:
         LowRankError: there is no such task, the message lists the names; columns that it cannot have; a length below 1.
     """
     name = task_name(name)
+    if data_dir is not None and dataset is not None:
+        raise LowRankError("give a folder of data or a data set on the Hub, not both")
     if max_length is not None and max_length < 1:
         raise LowRankError(f"a text is cut at 1 token at least, not at max_length {max_length}")
     if data_dir is not None:
@@ -118,9 +158,28 @@ def get_task(
         from hf_lowrank.tasks.custom import custom_task  # here: data sets take time to import
 
         task = custom_task(data_dir, tuple(text_columns or ()), label_column)
+    elif TASKS[name].own_data:
+        if data_dir is None and dataset is None:
+            raise LowRankError(f"{name} has no data of its own; give a folder as data_dir, or a data set on the Hub")
+        from hf_lowrank.tasks.columns import settled  # here: data sets take time to import
+
+        task = settled(_on(TASKS[name], dataset), data_dir, tuple(text_columns or ()), label_column)
     else:
-        task = _with_columns(TASKS[name], tuple(text_columns or ()), label_column)
+        task = _with_columns(_on(TASKS[name], dataset), tuple(text_columns or ()), label_column)
     return replace(task, max_length=max_length, length_asked=True) if max_length else task
+
+
+def _on(task: Task, dataset: str | None) -> Task:
+    """The task on another data set of the Hub, if one is given."""
+    if dataset is None:
+        return task
+    if task.hub[0]:
+        raise LowRankError(
+            f"{task.name} is the data set {task.hub[0]}; another one needs one of the tasks for own data"
+        )
+    from hf_lowrank.tasks.data import on_hub  # here: data sets take time to import
+
+    return on_hub(task, dataset)
 
 
 def _with_columns(task: Task, text: tuple[str, ...], label: str | None) -> Task:

@@ -41,6 +41,7 @@ class Task:
     max_length: int = 128
     length_asked: bool = False  # max_length is a user's: a model that cannot read so much is an error
     texts: Texts | None = field(default=None, repr=False)
+    own_data: bool = False  # its columns, and the names of its labels, are found in the data that a user gives
 
     @property
     def auto_class(self) -> Any:
@@ -57,12 +58,19 @@ class Task:
         return self.label is not None or self.kind in ("causal_lm", "masked_lm")
 
     @property
+    def labels_are_tokens(self) -> bool:
+        """Whether its models predict tokens of their own vocabulary, by a head that is never made anew."""
+        return self.kind in ("causal_lm", "masked_lm", "seq2seq")
+
+    @property
     def is_scored(self) -> bool:
         """Whether there is a figure that says how good a model is at it."""
         return self.has_labels or (self.kind == "similarity" and self.label is not None)
 
     def without_labels(self) -> "Task":
-        """The same rows, of which no labels are read."""
+        """The same rows, of which no labels are read, but for the texts along which a decoder is to predict tokens."""
+        if self.kind == "seq2seq":
+            return self
         return replace(self, label=None, label_names=(), label_values=())
 
     def as_similarity(self) -> "Task":
@@ -91,6 +99,10 @@ KINDS = {
     "token_classification": "AutoModelForTokenClassification",
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "multi_label": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "image_classification": "AutoModelForImageClassification",
     "embedding": "AutoModel",
     "similarity": "AutoModel",
 }

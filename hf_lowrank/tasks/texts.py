@@ -18,19 +18,22 @@ CLASSES: dict[str, Any] = {
     "token_classification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "masked_lm": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "question_answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "embedding": modeling_auto.MODEL_MAPPING_NAMES,
 }
-LENGTHS = {"causal_lm": 512, "masked_lm": 512}  # that texts are cut at; 128 of others
+LENGTHS = {"causal_lm": 512, "masked_lm": 512, "question_answering": 384}  # that texts are cut at; 128 of others
 
 
 def texts_task(texts: Texts, config: PreTrainedConfig) -> Task:
     """The task of reading texts, for the model with this config: as what it was saved as.
 
     Raises:
-        LowRankError: it is a model of another kind.
+        LowRankError: it is a model of another kind, or of pairs where there are none.
     """
     kind, source = _kind(config), (texts.name, None)
-    score, length = "perplexity" if kind in LENGTHS else "", LENGTHS.get(kind, 128)
+    score, length = "perplexity" if kind in ("causal_lm", "masked_lm") else "", LENGTHS.get(kind, 128)
+    if kind == "question_answering" and len(texts.columns) != 2:
+        raise LowRankError("a model that marks answers reads pairs of texts: a question, and what holds its answer")
     return Task("texts", kind, texts.columns, None, source, score, max_length=length, texts=texts)
 
 

@@ -1,6 +1,6 @@
 """A student's and its teacher's outputs for one batch → the loss that draws the student to the teacher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.predictions import IGNORED
+from hf_lowrank.model.predictions import IGNORED, divergences, read, unlabelled
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Distillation:
                 "same task and has the same tokenizer"
             )
         depths = theirs.num_hidden_layers, ours.num_hidden_layers
+        if self.hidden and ours.is_encoder_decoder:
+            raise LowRankError("of an encoder-decoder the logits alone are learnt; give hidden states a weight of 0")
         if self.hidden and (ours.hidden_size != theirs.hidden_size or depths[0] % depths[1]):
             raise LowRankError(
                 f"the teacher's {depths[0]} hidden states of width {theirs.hidden_size} do not fit the model's "
@@ -68,15 +70,28 @@ class Distillation:
 
     def loss(self, task_loss: Tensor, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
         """The whole loss of a batch, from the task's own and the student's outputs (hidden states, if weighted)."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
         with torch.no_grad():
-            told = self.teacher(**inputs, output_hidden_states=self.hidden > 0)
-        counted = _counted(outputs.logits, batch)
+            told = self.teacher(**unlabelled(self.teacher, batch), output_hidden_states=self.hidden > 0)
         loss = (1 - self.logits) * task_loss
-        loss = loss + self.logits * _logits_loss(outputs.logits, told.logits, counted, self.temperature)
+        loss = loss + self.logits * self._of_logits(outputs, told, batch)
         if self.hidden:
             loss = loss + self.hidden * _hidden_loss(outputs.hidden_states, told.hidden_states, batch)
         return loss
+
+    def _of_logits(self, outputs: Any, told: Any, batch: dict[str, Tensor]) -> Tensor:
+        own = read(self.teacher, outputs, batch) if _is_other(self.teacher, outputs) else None
+        if own is None:
+            counted = _counted(outputs.logits, batch)
+            return _logits_loss(outputs.logits, told.logits, counted, self.temperature)
+        theirs = read(self.teacher, told, batch)
+        soft = (replace(found, values=found.values / self.temperature) for found in (theirs, own))
+        return self.temperature**2 * divergences(*soft).mean()
+
+
+def _is_other(model: PreTrainedModel, outputs: Any) -> bool:
+    """Whether outputs are of labels that may each apply, or of where answers begin and end."""
+    flags = model.config.problem_type == "multi_label_classification"
+    return flags or getattr(outputs, "logits", None) is None
 
 
 def _counted(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:

@@ -1,22 +1,22 @@
 """A model's score on a task's validation data."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
-from hf_lowrank.tasks import IGNORED, Task, collator, described, label_ids_of, load_validation
+from hf_lowrank.tasks import Task, collator, described, label_ids_of, load_validation
+from hf_lowrank.tasks.questions import answers_of
 from hf_lowrank.tasks.windows import rows_at_once
+from hf_lowrank.training.readers import Predictions, read_batch
 
 
 def evaluate(
@@ -91,24 +91,6 @@ def score_and_loss(
     return {"score": sum(scores) / len(scores), "loss": sum(losses) / len(losses)}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of every row, beside the truth, and the loss of the row.
-
-    `predicted` and `labels` hold a class, a number or a list of classes for each row. For language models `predicted`
-    holds the losses of its tokens, and `labels` nothing.
-    """
-
-    predicted: list[Any]
-    labels: list[Any]
-    losses: list[float]
-
-    def take(self, rows: Iterable[int]) -> "Predictions":
-        """Those of some rows."""
-        rows = list(rows)
-        return Predictions(*([column[row] for row in rows] for column in (self.predicted, self.labels, self.losses)))
-
-
 def score_predictions(outputs: Predictions, task: Task, config: PreTrainedConfig) -> dict[str, float]:
     """The figures of `task.metrics` and the `score`, for the model with this `config`."""
     result = _perplexity(outputs) if task.score == "perplexity" else _score(outputs, task, config)
@@ -137,59 +119,21 @@ def predict_rows(
     model.eval()
     outputs = Predictions([], [], [])
     with bar(f"evaluating {task.name}", len(rows), "samples", progress) as shown:
-        for batch in loader:
-            labels = batch.pop("labels")
-            logits = model(**{key: value.to(model.device) for key, value in batch.items()}).logits.float().cpu()
-            read = _READERS[task.kind](logits, labels)
+        for number, batch in enumerate(loader):
+            own = rows[number * at_once : (number + 1) * at_once]
+            read = read_batch(model, tokenizer, task, batch, own)
             outputs.predicted.extend(read.predicted)
             outputs.labels.extend(read.labels)
             outputs.losses.extend(read.losses)
-            shown.update(len(labels))
+            shown.update(len(read.losses))
     model.train(training)
     return outputs
 
 
-def _read_classes(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return Predictions(logits.argmax(dim=-1).tolist(), labels.tolist(), losses.tolist())
-
-
-def _read_numbers(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    predicted = logits.squeeze(-1)
-    return Predictions(predicted.tolist(), labels.tolist(), (predicted - labels).square().tolist())
-
-
-def _read_tokens(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    kept = labels != IGNORED
-    predicted = [p[k].tolist() for p, k in zip(logits.argmax(dim=-1), kept, strict=True)]
-    losses = [
-        F.cross_entropy(z[k], y[k]).item() if k.any() else 0.0 for z, y, k in zip(logits, labels, kept, strict=True)
-    ]
-    return Predictions(predicted, [y[k].tolist() for y, k in zip(labels, kept, strict=True)], losses)
-
-
-def _read_text(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    return _read_masked(logits[:, :-1], labels[:, 1:])
-
-
-def _read_masked(logits: torch.Tensor, labels: torch.Tensor) -> Predictions:
-    kept = labels != IGNORED
-    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    tokens = [row[k].double().tolist() for row, k in zip(flat.view_as(kept), kept, strict=True)]
-    return Predictions(tokens, [None] * len(tokens), [math.fsum(row) / max(len(row), 1) for row in tokens])
-
-
-_READERS = {
-    "classification": _read_classes,
-    "regression": _read_numbers,
-    "token_classification": _read_tokens,
-    "causal_lm": _read_text,
-    "masked_lm": _read_masked,
-}
-
-
 def _score(outputs: Predictions, task: Task, config: PreTrainedConfig) -> dict[str, float]:
     predictions, labels = outputs.predicted, outputs.labels
+    if task.kind == "question_answering":
+        predictions, labels = answers_of(predictions, labels)
     if task.label_names:  # from the model's labels back to those of the data
         names = dict(zip(label_ids_of(task, config), _meanings(task), strict=True))
         predictions, labels = _renamed(predictions, names), _renamed(labels, names)
@@ -210,4 +154,7 @@ def _renamed(labels: list[Any], names: dict[int, Any]) -> list[Any]:
 def _perplexity(outputs: Predictions) -> dict[str, float]:
     losses = [loss for row in outputs.predicted for loss in row]
     mean = math.fsum(losses) / len(losses)
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "loss": mean, "tokens": float(len(losses))}
+    told = [right for row in outputs.labels for right in row or ()]
+    accuracy = {"accuracy": 100 * sum(told) / len(told)} if told else {}
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"perplexity": perplexity, "loss": mean, "tokens": float(len(losses)), **accuracy}

@@ -22,6 +22,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task, collator, encode, load_split, load_validation
+from hf_lowrank.tasks.encoding import lengths_of
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate_splits
 from hf_lowrank.training.running import (
@@ -116,7 +117,7 @@ class _Trainer(Trainer):
         )
         self.student, self.tokenizer, self.task = model, tokenizer, task
         self.validation, self.distillation = validation, distillation
-        self.lengths = [len(ids) for ids in rows["input_ids"]]
+        self.lengths = lengths_of(rows)
         if distillation is not None:
             nn.Module.to(distillation.teacher, arguments.device).eval()
 

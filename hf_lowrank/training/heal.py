@@ -28,7 +28,7 @@ from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.tasks import Task, collator, encode, load_split
-from hf_lowrank.tasks.encoding import encode_chosen
+from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.running import Bar, ByLength, as_before, checkpoint_folder, last_checkpoint, trainer_arguments
 from hf_lowrank.training.settings import HealConfig
@@ -293,7 +293,7 @@ class _Trainer(Trainer):
         )
         self.healing, self.best = healing, best
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the samples of a part
-        self.lengths = [len(ids) for ids in healing.rows["input_ids"]]
+        self.lengths = lengths_of(healing.rows)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return ByLength(self, self.lengths)

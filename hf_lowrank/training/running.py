@@ -100,6 +100,7 @@ def trainer_arguments(
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
+        remove_unused_columns=False,  # collators choose what the model reads
         dataloader_pin_memory=state.device.type != "cpu",
         **options,
     )

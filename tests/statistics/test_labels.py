@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import BertModel, PreTrainedModel
+from transformers import BertForQuestionAnswering, BertModel, PreTrainedModel
 
 from hf_lowrank import METHODS, CompressionConfig, LowRankError, Statistics, compress, compute_statistics
 from hf_lowrank.jobs.checkpoint import Work
@@ -28,6 +28,11 @@ DRAWN: dict[str, Any] = {"labels": "model", "progress": False}
 def encoder() -> BertModel:
     torch.manual_seed(0)
     return BertModel(bert_config(), add_pooling_layer=False).eval()
+
+
+def answerer() -> BertForQuestionAnswering:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(bert_config())
 
 
 def unlabelled(lengths: tuple[int, ...] = (9, 4, 7, 5)) -> Batch:
@@ -81,6 +86,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], Batch]]] = {
     "tokens": (token_classifier, token_batch),
     "next tokens": (tiny_llama, lambda: unlabelled((3, 2))),
     "decoded tokens": (tiny_t5, lambda: padded_batch(lengths=(3, 2))),
+    "marked answers": (answerer, lambda: unlabelled((4, 3))),
     "hidden states": (encoder, lambda: unlabelled((3, 2))),
 }
 

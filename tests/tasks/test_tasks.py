@@ -267,8 +267,10 @@ def test_every_task_is_complete() -> None:
     for name, task in TASKS.items():
         assert task.name == name
         assert (task.metrics is None) == task.lower_is_better
-        assert (task.label is None) == (task.kind == "causal_lm")
-    with pytest.raises(LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, chat, custom$"):
+        assert (task.label is None) == (task.kind in ("causal_lm", "masked_lm"))
+    with pytest.raises(
+        LowRankError, match="unknown task 'glue'; the tasks are cola, sst2, .*, text, chat, .*, custom$"
+    ):
         get_task("glue")
 
 

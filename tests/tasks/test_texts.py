@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, BertForQuestionAnswering, PreTrainedTokenizerFast
 
 from hf_lowrank import LowRankError, compute_statistics
 from hf_lowrank.model.predictions import predict
@@ -43,8 +43,21 @@ def test_the_kind_is_what_the_model_was_saved_as(architecture: str, changes: dic
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(LowRankError, match="a BertForQuestionAnswering reads more than texts"):
+    with pytest.raises(LowRankError, match="a ViTForImageClassification reads more than texts"):
+        texts_task(given_texts(TEXTS), config_of("ViTForImageClassification"))
+    with pytest.raises(LowRankError, match="a model that marks answers reads pairs of texts"):
         texts_task(given_texts(TEXTS), config_of("BertForQuestionAnswering"))
+
+
+def test_questions_and_texts_are_enough_to_mark_answers() -> None:
+    task = texts_task(given_texts([(text.split()[0], text) for text in TEXTS]), config_of("BertForQuestionAnswering"))
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(bert_config())
+    loader = calibration_loader(model, tiny_tokenizer(), task, batch_size=8)
+    measured = compute_statistics(model, loader, ["fisher_rows"], labels="model", progress=False)
+    assert measured.samples == 36  # every tenth is held out
+    with pytest.raises(LowRankError, match="returned no loss for a batch"):
+        compute_statistics(model, loader, ["fisher_rows"], progress=False)
 
 
 def test_every_tenth_text_is_held_out_where_there_are_enough() -> None:

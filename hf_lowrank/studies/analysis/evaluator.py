@@ -109,9 +109,10 @@ class Evaluator:
 
 def curvature_of(task: Task, dense: Sequence[Predictions], loss: float) -> float:
     """`curvature_per_fisher` of a task, by the dense model's predictions and mean loss."""
-    several = task.kind in ("causal_lm", "token_classification")
-    labels = float(np.mean([len(row) for split in dense for row in split.predicted])) if several else 1.0
-    return curvature_per_fisher(task.kind == "regression", loss, labels)
+    several = task.kind in ("causal_lm", "token_classification", "masked_lm")
+    each = {"question_answering": 2.0, "multi_label": float(len(task.label_names))}  # two marks, a yes or no for each
+    labels = float(np.mean([len(row) for split in dense for row in split.predicted])) if several else 0.0
+    return curvature_per_fisher(task.kind == "regression", loss, labels or each.get(task.kind, 1.0))
 
 
 def _chosen(rows: Dataset, count: int | None, seed: int) -> Dataset:
