@@ -59,6 +59,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "attention": attention.run,
     "sequential": sequential.run,
     "bytes": quantized.run,
+    "graphs": quantized.run_graphs,
     "residual": residual.run,
     "convergence": convergence.run,
     "coverage": coverage.run,
@@ -75,7 +76,18 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "tasks": tasks.run,
 }
 
-NEED_MODEL = ("attention", "bytes", "calibration", "heal", "labels", "profile", "residual", "sequential", "shrink")
+NEED_MODEL = (
+    "attention",
+    "bytes",
+    "calibration",
+    "graphs",
+    "heal",
+    "labels",
+    "profile",
+    "residual",
+    "sequential",
+    "shrink",
+)
 BY_NAME = ("mutation", "lm", "gpu")  # too long to be run along with the others, or for a machine that few have
 
 DESCRIPTION = """\
@@ -95,7 +107,8 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
   sequential     factors behind the compressed prefix against one-shot ones; needs --model about 20 minutes for MiniLM
-  bytes          score by bytes and speed, low rank with int8 and int4; needs --model      about 10 minutes for MiniLM
+  bytes          score by bytes, low rank with int8 and int4, by --seed; needs --model     about 10 minutes for MiniLM
+  graphs         the same models in ONNX Runtime, with their speed; needs --model          about 8 minutes for MiniLM
   residual       low rank as what rounding lost, at equal bytes; needs --model             about 6 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
@@ -210,7 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--all-layers", action="store_true", help="convergence: every layer of --model, not a few")
     parser.add_argument("--sample", type=_positive, default=200, help="mutation: mutants to try (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="mutation: which mutants (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="mutation: which mutants; bytes, graphs: which samples (default: 0)",
+    )
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
         "--model",

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from statistics import mean
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from benchmarks.fake_quantization import Change, dynamic_int8, rounded_weights, stored_as, with_linears
-from benchmarks.harness import Options, Result, Row
+from benchmarks.harness import Lines, Options, Result, Row
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress
+from hf_lowrank.compression.codes import coded, solver_for_codes
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.nn.layers_lowrank import LowRankLinear
@@ -21,7 +23,7 @@ from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.gauge import Channels, balanced, flat, mean_metric, power, random_rotation, rotation
 from hf_lowrank.solvers.methods import rounding_sides
-from hf_lowrank.solvers.rounding import Grid, round_factors
+from hf_lowrank.solvers.rounding import Grid
 from hf_lowrank.solvers.scaled import Scaled
 from hf_lowrank.tasks import collator, get_task
 from hf_lowrank.training.evaluate import evaluate_splits
@@ -99,15 +101,19 @@ def run(options: Options) -> Result:
     if options.model is None or options.task is None:
         raise LowRankError("gauge needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     study = Study(options)
-    rows = [row for ratio in STUDIED for row in study.changes(ratio)]
-    scores = [study.scores(ratio) for ratio in RATIOS]
+    for ratio in STUDIED:
+        study.changes(ratio)
+    for ratio in RATIOS:
+        study.scores(ratio)
+    rows = study.lines.rows()
+    changes, scores = ([row for row in rows if (kind in row)] for kind in ("gauge", "float"))
     title = f"Relative change of the outputs in percent by rounding, on {study.task.name}"
     notes = [
         "The mean of three rotations, or of --rounds. Weights and activations are rounded as quantizers do, in float.",
         "",
         Result(f"{study.task.score}, whole validation set", scores).markdown(),
     ]
-    return Result(title, rows, notes, {"scores": scores})
+    return Result(title, changes, notes, {"scores": scores})
 
 
 def measured(pipeline: Pipeline) -> Statistics:
@@ -126,25 +132,30 @@ class Study:
         self.validation = pipeline.validation
         self.statistics = measured(pipeline)
         self.seeds = range(min(3, options.rounds))
+        options.output.mkdir(parents=True, exist_ok=True)
+        self.lines = Lines(options.output / f"{Path(options.model or '').name}_gauge.jsonl")
 
-    def changes(self, ratio: float) -> Iterator[Row]:
-        """A row for every gauge: what every scheme changes in the outputs, and the dense model's."""
-        start, dense = self.low_rank(ratio), self.model.eval()
-        yield {"ranks": "100%", "gauge": "(dense)"} | self._change([dense], dense)
-        with bar("gauges", len(GAUGES), "gauges") as shown:
-            for name, gauge in GAUGES.items():
+    def changes(self, ratio: float) -> None:
+        """A row for every gauge that has none: what every scheme changes in the outputs, and the dense model's."""
+        ranks, dense = f"{ratio:.0%}", self.model.eval()
+        missing = [name for name in ("(dense)", *GAUGES) if not self.lines.has(ranks=ranks, gauge=name)]
+        start = self.low_rank(ratio) if missing else dense
+        with bar("gauges", len(missing), "gauges") as shown:
+            for name in missing:
                 seeds = self.seeds if name != "balanced" else range(1)
-                models = [self.turned(start, gauge, seed) for seed in seeds]
-                yield {"ranks": f"{ratio:.0%}", "gauge": name} | self._change(models, start)
+                models = [dense] if name == "(dense)" else [self.turned(start, GAUGES[name], seed) for seed in seeds]
+                self.lines.add(ranks=ranks, gauge=name, **self._change(models, dense if name == "(dense)" else start))
                 shown.update()
 
-    def scores(self, ratio: float) -> Row:
+    def scores(self, ratio: float) -> None:
         """The score of balanced and of flat factors in float, int8 and int4 weights, by nearest and by moments."""
+        ranks = f"{ratio:.0%}"
+        if self.lines.has(ranks=ranks, gauge=None):
+            return
         start = self.low_rank(ratio)
         flats = [self.turned(start, flat, seed) for seed in self.seeds]
         int8, saturating, int4 = (SCHEMES[name] for name in ("int8", "int8, saturating", "int4 by 32"))
-        return {
-            "ranks": f"{ratio:.0%}",
+        figures = {
             "float": self.score(start),
             "int8, balanced": self.score(with_linears(start, int8)),
             "int8, flat": " / ".join(self.score(with_linears(model, int8)) for model in flats),
@@ -155,6 +166,7 @@ class Study:
             "int4 by 32, flat": self.score(with_linears(flats[0], int4)),
             "the same by moments": self.score(self.by_moments(flats[0], Grid(4, 32))),
         }
+        self.lines.add(ranks=ranks, **figures)
 
     def low_rank(self, ratio: float) -> PreTrainedModel:
         """The model at a share of its ranks, by kfac, with balanced factors."""
@@ -172,11 +184,12 @@ class Study:
 
     @torch.no_grad()
     def by_moments(self, model: PreTrainedModel, grid: Grid) -> PreTrainedModel:
-        """A copy with factors rounded by `round_factors`; layers without statistics to the nearest."""
+        """A copy with factors rounded by their moments; layers without statistics to the nearest."""
         changed = copy.deepcopy(model)
-        for name, layer in _low_rank_layers(changed):
-            up, down = round_factors(Factors(layer.up.weight, layer.down.weight), self._sides(name), grid)
-            _set_factors(layer, up.weight(), down.weight())
+        factors = [f"{name}.{part}" for name, _ in _low_rank_layers(changed) for part in ("up", "down")]
+        found = coded(changed, solver_for_codes(changed, "kfac", self.statistics), dict.fromkeys(factors, grid))
+        for name, rounded in found.items():
+            changed.get_submodule(name).weight.copy_(rounded.weight())
         return with_linears(changed, rounded_weights(grid))  # which leaves rounded weights as they are
 
     def score(self, model: PreTrainedModel) -> str:

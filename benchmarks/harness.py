@@ -1,5 +1,6 @@
 """What every benchmark shares: its options, competitors timed in alternation, a table, and facts about the machine."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,14 @@ import torch
 from hf_lowrank.studies.bench.machine import machine_facts
 
 __all__ = [
+    "Lines",
     "Options",
     "Result",
     "Row",
     "Spread",
     "alternate",
     "machine_facts",
+    "mean_of",
     "milliseconds",
     "ratio",
     "repeats_for",
@@ -93,6 +96,36 @@ class Spread:
         """
         middle, low, high = (pattern.format(value) for value in (self.median, min(self.values), max(self.values)))
         return f"{middle} ({low}–{high})"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Rows of figures in a file, one JSON object in each line, so that a benchmark that ended early goes on there."""
+
+    path: Path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All that are there."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+    def has(self, **known: Any) -> bool:
+        """Whether there is a row with these entries."""
+        return any(all(row.get(key) == value for key, value in known.items()) for row in self.rows())
+
+    def add(self, **row: Any) -> None:
+        """Write one more."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """The mean, with its standard error where there are several values.
+
+    >>> mean_of([1.0, 3.0], 1)
+    '2.0 ± 1.0'
+    """
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def steady_clock() -> Callable[[], float]:

@@ -1,32 +1,33 @@
-"""Low rank and few bits together: score against bytes, and against time, of a model's dense and compressed forms.
+"""Low rank and few bits together: bytes, score and divergence of a model's dense and compressed forms, seed by seed.
 
-Each model is written in four ways: float32 and int8 as ONNX, 8 and 4 bits as folders of compressed-tensors.
+Each form is written as a folder of compressed-tensors and loaded again; as graphs of ONNX Runtime, each is timed.
 """
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel
 
-from benchmarks.harness import Options, Result, Row, alternate, ratio
-from hf_lowrank import CompressionConfig, compress
+from benchmarks.harness import Lines, Options, Result, Row, alternate, mean_of, ratio
+from hf_lowrank import CompressionConfig, Statistics
+from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.export import example_inputs, export_onnx
 from hf_lowrank.folder.export_int8 import quantize_onnx
 from hf_lowrank.folder.loading import load_model
 from hf_lowrank.folder.onnx_runtime import OnnxModel
-from hf_lowrank.folder.quantize import quantize_, quantize_folder
+from hf_lowrank.folder.quantize import quantize_
 from hf_lowrank.folder.quantizers import Quantization
 from hf_lowrank.folder.style import BLACK, BLUE, GREEN, PURPLE, VERMILLION, new_figure, save_png, styled
-from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
 BATCH = (32, 128)  # sequences × tokens that are timed
@@ -35,14 +36,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "33%": {"rank_ratio": 0.33},
     "20%": {"rank_ratio": 0.2},
     "10%": {"rank_ratio": 0.1},
-    "45% of all, embeddings too": {"keep_model": 0.45},
-    "30% of all, embeddings too": {"keep_model": 0.3},
+    "16 MB": {"bytes": "16MB"},
     "12 MB": {"bytes": "12MB"},
     "9 MB": {"bytes": "9MB"},
     "6 MB": {"bytes": "6MB"},
-    "4 MB": {"bytes": "4MB"},
 }
-CHOSEN = "chosen by layer"
+CHOSEN, NEAREST = "chosen by layer", "int4, to the nearest"
+FORMS = ("float32", "int8", "int4")
+TO_NEAREST = ("dense", "10%")  # the models that are rounded so too
+GRAPHS = ("float32, ONNX Runtime", "int8, ONNX Runtime")
 LOOKS = {
     CHOSEN: (PURPLE, "*"),
     "float32": (BLACK, "o"),
@@ -52,123 +54,179 @@ LOOKS = {
 }
 
 
-@dataclass(frozen=True)
-class Form:
-    """A model written in one way: its megabytes, its score, and its graph where it is timed."""
-
-    model: str
-    bits: str
-    megabytes: float
-    score: float
-    graph: OnnxModel | None = None
-
-
 def run(options: Options) -> Result:
-    """The table, and its picture beside the JSON."""
-    if options.model is None or options.task is None:
-        raise LowRankError("bytes needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
-    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
+    """The forms that the file has not yet, of one seed; the table of all its seeds, and its picture."""
+    study = Study.begin(options)
+    for name in MODELS:
+        study.measure(name)
+    return study.result()
+
+
+def run_graphs(options: Options) -> Result:
+    """Graphs of the models that have one rank ratio: score in int8, and speed."""
+    study = Study.begin(options)
     with tempfile.TemporaryDirectory() as scratch:
-        forms = [form for name in MODELS for form in forms_of(name, pipeline, Path(scratch))]
-        speed = _speeds(forms, options.rounds)
-    rows = [_row(form, speed.get((form.model, form.bits), "")) for form in forms]
-    name = f"{Path(options.model).name}_bytes.png"
-    options.output.mkdir(parents=True, exist_ok=True)
-    save_png(bytes_figure(forms), options.output / name)
-    return Result(
-        f"{pipeline.task.score if pipeline.task else ''} of {Path(options.model).name} by bytes and bits",
-        rows,
-        [
-            "No fine-tuning, whole validation set. float32 and int8 by ONNX Runtime, one graph with everything in it; "
-            "int8 and int4 are folders of weights, computed in float32 after widening, what is not quantized in "
-            f"float16. Speed: ONNX Runtime, one thread, {BATCH[0]} × {BATCH[1]} tokens, against dense float32."
-        ],
-        {"model": Path(options.model).name, "rows": rows, "seed": options.seed},
-    )
+        graphs = {key: graph for name in MODELS for key, graph in study.graphs(name, Path(scratch))}
+        inputs = example_inputs(study.pipeline.model.config, BATCH)
+        seconds = alternate({key: _call(graph, inputs) for key, graph in graphs.items()}, options.rounds)
+        for key, own in seconds.items():
+            speed = ratio(seconds["dense", GRAPHS[0]], own).values
+            megabytes = graphs[key].path.stat().st_size / 1e6
+            study.add(*key, megabytes, study.scored(graphs[key]), speed=speed)
+    return study.result()
 
 
-def forms_of(name: str, pipeline: Pipeline, scratch: Path) -> Iterator[Form]:
-    """The four forms of one of `MODELS`, or the one that a budget in bytes gives it."""
-    folder, model = scratch / name.split(",")[0].replace(" ", "-"), _made(name, pipeline)
-    assert pipeline.tokenizer is not None
-    pipeline.tokenizer.save_pretrained(folder)
-    if "bytes" in MODELS[name]:
-        quantize_(model, Quantization(), model.compression_report.bits)
+class Study:
+    """The model, its data, what was measured of it by one seed, and the file of figures."""
+
+    def __init__(self, options: Options, pipeline: Pipeline) -> None:
+        name = Path(options.model or "").name
+        options.output.mkdir(parents=True, exist_ok=True)
+        self.name, self.output, self.seed, self.pipeline = name, options.output, options.seed, pipeline
+        self.lines = Lines(options.output / f"{name}_bytes.jsonl")
+        self.reference = Reference(pipeline.model, *pipeline.reading, pipeline.validation)
+
+    @classmethod
+    def begin(cls, options: Options) -> "Study":
+        """That of a real model and its task."""
+        if options.model is None or options.task is None:
+            raise LowRankError("bytes needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
+        rest: Any = {"seed": options.seed, "progress": False}
+        return cls(options, Pipeline.load(options.model, options.task, options.data_dir, **rest))
+
+    @functools.cached_property
+    def statistics(self) -> Statistics:
+        """Of all layers that any of the models rounds, measured once for each seed."""
+        folder = self.output / f"{self.name}_{self.seed}.statistics"
+        if not folder.exists():
+            config = CompressionConfig()
+            names = measured_to_round(self.pipeline.model, config)
+            labels = self.pipeline.labels_for(config)
+            self.pipeline.measure(config.needs, include=names, labels=labels).save(folder)
+        return Statistics.load(folder)
+
+    def measure(self, name: str) -> None:
+        """The forms of one of `MODELS` that are not known yet."""
+        bits = [CHOSEN] if "bytes" in MODELS[name] else [*FORMS, *([NEAREST] if name in TO_NEAREST else [])]
+        missing = [form for form in bits if not self.lines.has(model=name, bits=form, seed=self.seed)]
+        if not missing:
+            return
+        model = self.made(name)
+        for form in missing:
+            with tempfile.TemporaryDirectory() as folder:
+                stored = self._stored(copy.deepcopy(model), form, Path(folder))
+                far = self.reference.divergence(stored, progress=False).mean
+                self.add(name, form, weights_bytes(Path(folder)) / 1e6, self.scored(stored), divergence=far)
+
+    def add(
+        self, model: str, bits: str, megabytes: float, score: float, divergence: float | None = None, **more: Any
+    ) -> None:
+        """Note what was measured of a form."""
+        task = self.pipeline.reading[1].name
+        known = {"task": task, "seed": self.seed, "model": model, "bits": bits, "megabytes": round(megabytes, 2)}
+        self.lines.add(**known, score=score, divergence=divergence, **more)
+
+    def made(self, name: str) -> Any:
+        """The model itself, or a copy compressed."""
+        if not MODELS[name]:
+            return self.pipeline.model
+        candidate = self.pipeline.candidate()
+        candidate.compress(CompressionConfig(**MODELS[name]), self.statistics)
+        return candidate.model
+
+    def scored(self, model: Any) -> float:
+        """On the whole validation set."""
+        return evaluate_splits(model, *self.pipeline.reading, self.pipeline.validation, progress=False)["score"]
+
+    def graphs(self, name: str, scratch: Path) -> Iterator[tuple[tuple[str, str], OnnxModel]]:
+        """A model's two graphs, with one thread."""
+        if "bytes" in MODELS[name]:
+            return
+        folder = scratch / name
+        self.made(name).save_pretrained(folder)
+        self.pipeline.reading[0].save_pretrained(folder)
+        exact, rounded = folder.with_suffix(".f32.onnx"), folder.with_suffix(".int8.onnx")
+        export_onnx(folder, exact)
+        quantize_onnx(exact, rounded)
+        for bits, path in zip(GRAPHS, (exact, rounded), strict=True):
+            yield (name, bits), OnnxModel(path, self.pipeline.model.config, threads=1)
+
+    def result(self) -> Result:
+        """The table of all seeds, and its picture beside the JSON."""
+        rows = self.lines.rows()
+        keys = list(dict.fromkeys((row["model"], row["bits"]) for row in rows))
+        table = [_row(*key, [row for row in rows if (row["model"], row["bits"]) == key]) for key in keys]
+        save_png(bytes_figure(rows), self.output / f"{self.name}_bytes.png")
+        return Result(
+            f"{self.pipeline.reading[1].score} of {self.name} by bytes and bits",
+            table,
+            [
+                "No fine-tuning, whole validation set; mean and standard error over seeds. int8 and int4: folders of "
+                "weights, rounded with the moments of kfac, computed in float32 after widening; what is not quantized "
+                "is in float16. Divergence: from the dense model, in nats. Speed: ONNX Runtime, one thread, "
+                f"{BATCH[0]} × {BATCH[1]} tokens, against dense float32."
+            ],
+            {"model": self.name, "rows": rows},
+        )
+
+    def _stored(self, model: Any, form: str, folder: Path) -> Any:
+        """A form of a model, written and loaded again; it remembers its outputs."""
+        bits = getattr(getattr(model, "compression_report", None), "bits", {})
+        if form != "float32":
+            few = 8 if form in ("int8", CHOSEN) else 4
+            embeddings = few if isinstance(model, LowRankMixin) else 8  # transformers could not load fewer
+            solver = None if form == NEAREST else solver_for_codes(model, "kfac", self.statistics)
+            quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, torch.float16)
         model.save_pretrained(folder)
-        yield _stored(name, CHOSEN, folder, pipeline)
-        return
-    model.save_pretrained(folder)
-    exact, rounded = folder.with_suffix(".f32.onnx"), folder.with_suffix(".int8.onnx")
-    export_onnx(folder, exact)
-    quantize_onnx(exact, rounded)
-    for bits, path in (("float32", exact), ("int8, ONNX Runtime", rounded)):
-        graph: Any = OnnxModel(path, pipeline.model.config, threads=1)
-        yield Form(name, bits, path.stat().st_size / 1e6, _score(pipeline, graph), graph)
-    for bits in (8, 4):
-        embeddings = 8 if name == "dense" else bits
-        stored = folder.with_suffix(f".{bits}")
-        quantize_folder(folder, stored, Quantization(bits, embedding_bits=embeddings, dtype="float16"))
-        yield _stored(name, f"int{bits}", stored, pipeline)
+        self.pipeline.reading[0].save_pretrained(folder)
+        return remembering(load_model(str(folder), self.pipeline.reading[1])[0])
 
 
-def _stored(name: str, bits: str, folder: Path, pipeline: Pipeline) -> Form:
-    assert pipeline.task is not None
-    model, _ = load_model(str(folder), pipeline.task)
-    return Form(name, bits, weights_bytes(folder) / 1e6, _score(pipeline, model))
+def remembering(model: Any) -> Any:
+    """The model, which runs once for each batch, whether it is scored or compared."""
+    run, known = model.forward, {}
 
+    @functools.wraps(run)
+    def forward(**batch: Any) -> Any:
+        key = batch["input_ids"].numpy().tobytes()
+        if key not in known:
+            known[key] = run(**batch)
+        return known[key]
 
-def _made(name: str, pipeline: Pipeline) -> Any:
-    """The model itself, or a copy compressed; the statistics of all layers are measured once."""
-    if not MODELS[name]:
-        return pipeline.model
-    blocks, embedding = (*find_targets(pipeline.model),), _input_embedding(pipeline.model)
-    if "measured" not in pipeline.facts:
-        needs = CompressionConfig(keep_model=0.5).needs
-        pipeline.facts["measured"] = pipeline.measure(needs, include=(*blocks, embedding))
-    chosen = blocks if "rank_ratio" in MODELS[name] else (*blocks, embedding)
-    config = CompressionConfig(include=chosen, **MODELS[name])
-    return compress(copy.deepcopy(pipeline.model), config, pipeline.facts["measured"], progress=False)[0]
-
-
-def _input_embedding(model: PreTrainedModel) -> str:
-    return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-
-
-def _score(pipeline: Pipeline, model: Any) -> float:
-    return evaluate_splits(model, *pipeline.reading, pipeline.validation, progress=False)["score"]
-
-
-def _speeds(forms: list[Form], rounds: int) -> dict[tuple[str, str], str]:
-    """How many times as fast as the dense model in float32, in one run, the graphs taking turns."""
-    graphs = {(form.model, form.bits): form.graph for form in forms if form.graph is not None}
-    inputs = example_inputs(next(iter(graphs.values())).config, BATCH)
-    calls: dict[Any, Callable[[], Any]] = {key: _call(graph, inputs) for key, graph in graphs.items()}
-    seconds = alternate(calls, rounds)
-    return {key: ratio(seconds["dense", "float32"], own).text() for key, own in seconds.items()}
+    model.forward = forward
+    return model
 
 
 def _call(graph: OnnxModel, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     return lambda: graph(**inputs)
 
 
-def _row(form: Form, speed: str) -> Row:
+def _row(model: str, bits: str, rows: list[dict[str, Any]]) -> Row:
+    """The figures of all seeds."""
+    speeds = [value for row in rows for value in row.get("speed", ())]
+    divergences = [row["divergence"] for row in rows if "divergence" in row]
     return {
-        "model": form.model,
-        "bits": form.bits,
-        "MB": f"{form.megabytes:.1f}",
-        "score": f"{form.score:.2f}",
-        "speed": speed,
+        "model": model,
+        "bits": bits,
+        "MB": mean_of([row["megabytes"] for row in rows], 1),
+        "score": mean_of([row["score"] for row in rows], 2),
+        "divergence": mean_of(divergences, 4) if divergences else "",
+        "speed": f"{sorted(speeds)[len(speeds) // 2]:.2f} ({min(speeds):.2f}–{max(speeds):.2f})" if speeds else "",
     }
 
 
 @styled
-def bytes_figure(forms: list[Form]) -> Figure:
+def bytes_figure(rows: list[dict[str, Any]]) -> Figure:
     """Score against megabytes, one mark for each form; the dense model's are hollow."""
     figure = new_figure()
     axes = figure.subplots()
     for bits, (color, marker) in LOOKS.items():
         for dense in (True, False):
-            of = sorted((f.megabytes, f.score) for f in forms if f.bits == bits and (f.model == "dense") == dense)
+            of = sorted(
+                (row["megabytes"], row["score"])
+                for row in rows
+                if row["bits"] == bits and (row["model"] == "dense") == dense
+            )
             look = {"color": color, "marker": marker, "linestyle": "none" if dense else "-"}
             face = {"markerfacecolor": "none"} if dense else {"label": f"low rank, {bits}"}
             if of:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import Profile, get_allocation
+from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
 from hf_lowrank.compression.compress import CompressionConfig, check_possible, compress
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
 from hf_lowrank.compression.report import CompressionReport
@@ -73,6 +73,8 @@ class Pipeline:
         facts: what the record says besides what the pipeline knows by itself.
         progress: whether bars are shown.
         sentences: of a sentence-transformers folder, what follows the transformer: its embeddings are what counts.
+        quantization: how `save` stores weights; None for as they are, but where a budget in bytes chooses bits. What is
+            measured for compressing is then measured of all layers that are rounded, and says how to round them.
 
     >>> pipeline = Pipeline.load("./bert-stsb", task="stsb")            # doctest: +SKIP
     >>> report = pipeline.compress(keep_model=0.6)                      # doctest: +SKIP
@@ -96,7 +98,9 @@ class Pipeline:
     facts: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
     sentences: Sentences | None = None
+    quantization: Quantization | None = None
     report: CompressionReport | None = field(default=None, init=False)
+    known: Statistics | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(
@@ -306,7 +310,10 @@ class Pipeline:
         """
         if not config.needs:
             return None
-        return self.measure(config.needs, config.include, config.exclude, self.labels_for(config))
+        include, exclude = config.include, config.exclude
+        if self._rounds(config):
+            include, exclude = measured_to_round(self.model, config), None
+        return self.measure(config.needs, include, exclude, self.labels_for(config))
 
     def measure(
         self,
@@ -381,6 +388,7 @@ class Pipeline:
         profile = profile or self.profile(config, measured)
         rest: Any = {"work": self.work, "profile": profile, **self._rows_again(config, measured)}
         self.model, self.report = compress(self.model, config, measured, self.progress, **rest)
+        self.known = measured if self._rounds(config) else None
         return self.report
 
     def search(
@@ -411,6 +419,7 @@ class Pipeline:
             raise LowRankError(f"{error}; wanted {limit}") from None
         wanted = {"keep_score": keep_score, "max_loss_increase": max_loss_increase}
         self.model, self.report = found.model, found.report
+        self.known = measured if self._rounds(config) else None
         self.facts["search"] = {**wanted, "tried": found.tried}
         return self.report
 
@@ -511,15 +520,14 @@ class Pipeline:
         """
         return finetune(self.model, *self.reading, self.data_dir, progress=self.progress, **options)
 
-    def save(
-        self, folder: str | Path, overwrite: bool = False, quantization: Quantization | None = None, **facts: Any
-    ) -> None:
+    def save(self, folder: str | Path, overwrite: bool = False, **facts: Any) -> None:
         """Write model, tokenizer, record and card into a new folder, all of it or nothing; `facts` join the record.
+
+        Weights are stored as `quantization` says, rounded with what was measured for compressing.
 
         Args:
             folder: a new one.
             overwrite: replace it, should it exist.
-            quantization: rounds the model's weights and stores few bits; a budget in bytes does it anyway.
             facts: plain values that join the record.
 
         Raises:
@@ -529,13 +537,13 @@ class Pipeline:
             raise LowRankError("there is nothing to save yet: call compress first")
         if self.work is not None:
             self.work.mark_saving()
-        if quantization is None and self.report.bits:
-            quantization = Quantization()
+        quantization = Quantization() if self.quantization is None and self.report.bits else self.quantization
         if quantization is not None:
-            if self.dtype is not None:
-                nn.Module.to(self.model, self.dtype)  # scales are kept in it
-            quantize_(self.model, quantization, self.report.bits)
-            facts["quantization"] = described_quantization(quantization)
+            method = self.report.settings["method"]
+            can = self.known is not None or not get_method(method).needs
+            solver = solver_for_codes(self.model, method, self.known) if can else None
+            quantize_(self.model, quantization, self.report.bits, solver, self.dtype)
+            facts["quantization"] = described_quantization(quantization, method if can else None)
         known = self._known() | self.facts | facts
         self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
         save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
@@ -559,6 +567,10 @@ class Pipeline:
         """Let go of the unfinished work, the result being safe; to be called by the main process."""
         if self.work is not None:
             self.work.remove()
+
+    def _rounds(self, config: CompressionConfig) -> bool:
+        """Whether `save` stores few bits."""
+        return self.quantization is not None or config.budget.kind == "bytes"
 
     def _noted(self, kind: str) -> dict[str, float]:
         figures = self.score()

@@ -147,10 +147,10 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     replace = refuse_output(given.output, given.job.resume, given.job.overwrite)
     if given.push_to_hub is not None:
         refuse_without_token()  # before the work, not after it
-    pipeline = _compressed(model, task, config, given)
+    pipeline = _compressed(model, task, config, quantization, given)
     if not PartialState().is_main_process:
         return
-    pipeline.save(given.output, replace, quantization)
+    pipeline.save(given.output, replace)
     if given.score:
         if pipeline.task is not None and pipeline.task.is_scored:
             pipeline.score_saved(given.output)
@@ -161,7 +161,13 @@ def compress_command(context: typer.Context, model: ModelArgument, given: Compre
     _show(pipeline.report, pipeline.facts, pipeline.task, given, time.perf_counter() - started)
 
 
-def _compressed(model: str, task: "Task | None", config: CompressionConfig, given: CompressOptions) -> "Pipeline":
+def _compressed(
+    model: str,
+    task: "Task | None",
+    config: CompressionConfig,
+    quantization: Quantization | None,
+    given: CompressOptions,
+) -> "Pipeline":
     """The model called `model`, compressed, and scored before if that was asked for."""
     from hf_lowrank.cli.work import check_memory, work_folder
     from hf_lowrank.folder.loading import load_trained
@@ -169,7 +175,8 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     from hf_lowrank.statistics import Statistics
 
     memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
-    pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
+    options = {"device": place, "quantization": quantization, **vars(given.calibration)}
+    pipeline = Pipeline.load(model, task, given.data.data_dir, **options)
     config = pipeline.prepared(config)
     if given.heal:
         pipeline.check_dense()
@@ -180,6 +187,7 @@ def _compressed(model: str, task: "Task | None", config: CompressionConfig, give
     if measured is not None and given.calibration.labels is not None:
         measured.check_labels(given.calibration.labels)
     settings = asdict(config) | vars(given.search) | ({"heal": True} if given.heal else {})
+    settings |= {"bits": given.bits} if given.bits is not None else {}
     source: Any = (given.statistics, bool(config.needs))
     pipeline.begin(work_folder(given.output), settings, *source, **vars(given.job))
     if given.search.given:

@@ -39,6 +39,13 @@ class QuantizeOptions:
         str | None,
         typer.Option(help=f"Of what is not quantized, scales among it: {', '.join(DTYPES)}. Default: as stored."),
     ] = None
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Round with what 'hf-lowrank statistics' saved of the model, or of the dense one that it was made "
+            "of. [dim]Default: every weight to the nearest.[/dim]"
+        ),
+    ] = None
     task: Annotated[
         str | None, typer.Option(help=f"Score it before and after on the validation data: {', '.join(NAMES)}.")
     ] = None
@@ -74,9 +81,11 @@ def quantize_command(
 
     from hf_lowrank.cli.work import refuse_inputs
     from hf_lowrank.folder.quantize import quantize_folder
+    from hf_lowrank.statistics import Statistics
 
-    refuse_inputs(output, folder)
-    told = quantize_folder(folder, output, quantization, given.overwrite)
+    refuse_inputs(output, folder, given.statistics)
+    statistics = None if given.statistics is None else Statistics.load(given.statistics)
+    told = quantize_folder(folder, output, quantization, given.overwrite, statistics)
     console.print(
         f"saved to {output}: {told.layers} layers of {given.bits} bits, {told.bytes_before / 1e6:.1f} MB → "
         f"{told.bytes_after / 1e6:.1f} MB",

@@ -63,8 +63,7 @@ class LayerSolver:
         weight = self._weight(name)
         objective = self._objective(name, weight.device)
         unit = (self._loss_per_error(name, objective) or 1.0) / 2
-        sides = objective.two_sided(), self.rounding_sides(name, weight.device)
-        return RoundedLoss.of(weight, *sides, unit, self.targets[name].kind == "embedding")
+        return RoundedLoss.of(weight, objective.two_sided(), unit, self.targets[name].kind == "embedding")
 
     @torch.no_grad()
     def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport, Directions | None]:
@@ -117,6 +116,18 @@ class LayerSolver:
     def rounding_sides(self, name: str, device: torch.device) -> Scaled:
         """What counts on both sides of a layer when something is rounded (see `methods.rounding_sides`)."""
         return rounding_sides(self.method, {kind: mean.to(device) for kind, mean in self._means(name).items()})
+
+    def sides(self, name: str, device: torch.device) -> Scaled:
+        """The two-sided error of a layer, of its centred inputs where it has a bias (see `mean_input`)."""
+        return self._objective(name, device).two_sided()
+
+    def mean_input(self, name: str) -> Tensor | None:
+        """μ [in] of a layer with a bias, in float64; None where the method counts it like any other part."""
+        return mean_input(self._means(name))
+
+    def reaches(self, name: str) -> bool:
+        """Whether anything is known of a layer that its method needs."""
+        return self.statistics is None or not self.method.needs or self.statistics.reach(name)
 
     def _means(self, name: str) -> Means:
         """What the method knows of a layer: its mean input only where a bias can make up for what becomes of it."""

@@ -107,7 +107,11 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 def _quantization(record: Mapping[str, Any]) -> list[str]:
     how = record.get("quantization")
-    return [f"quantized to {how['bits']} bits, {how['scheme']}, by {how['library']} {how['version']}"] if how else []
+    if not how:
+        return []
+    method = how.get("rounding", "nearest")
+    rounding = "to the nearest" if method == "nearest" else f"rounded with the moments of {method}"
+    return [f"quantized to {how['bits']} bits, {how['scheme']}, by {how['library']} {how['version']}, {rounding}"]
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation.stored import group_of
-
-SHRINKS = torch.linspace(1.0, 0.6, 17)  # ranges that are tried, as shares of the largest weight's
+from hf_lowrank.solvers.rounding import Grid, Rounded, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,21 @@ class Rounding:
     group: int | None = None
     activations: bool = False
 
+    def grid(self, scales_in: torch.dtype | None = None) -> Grid:
+        """What it rounds weights to, with scales of a dtype."""
+        return Grid(self.bits, self.group, clipped=True, scales_in=scales_in)
+
 
 def rounding_for(layer: nn.Linear | nn.Embedding, bits: int, activations: bool = False) -> Rounding:
     """The finest that engines read: rows of 8 bits; of 4, groups of `GROUP` where the rows divide into them."""
     return Rounding(bits, group_of(layer.weight.shape[1], bits), activations)
 
 
-def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding]) -> None:
+def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding], known: Mapping[str, Rounded] | None = None) -> None:
     """Round the weights of nn.Linear and nn.Embedding layers, by name, in place; saving the model stores them packed.
 
-    A forward pass widens them again, to the rounded values in the model's dtype.
+    A forward pass widens them again, to the rounded values in the model's dtype. Weights are rounded to the nearest,
+    but for those whose codes and scales are `known`.
     """
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import apply_quantization_config
@@ -47,7 +51,11 @@ def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding]) -> None:
         apply_quantization_config(model, config)
         for name, rounding in roundings.items():
             layer: Any = model.get_submodule(name)
-            layer.weight_scale.copy_(scales(layer.weight, rounding.bits, rounding.group))
+            rounded = (known or {}).get(name) or round_to_nearest(
+                layer.weight.float(), rounding.grid(layer.weight_scale.dtype)
+            )
+            layer.weight_scale.copy_(rounded.scales)
+            layer.weight.data = rounded.weight().float()  # of which the library finds the same codes, in any dtype
         compressor = ModelCompressor(config)
         compressor.compress_model(model)
         vars(model)["packed_by"] = compressor  # for saving after a forward pass
@@ -102,25 +110,7 @@ def _format(schemes: list[Any]) -> str:
     return formats.pop() if len(formats) == 1 else "mixed-precision"
 
 
-def scales(weight: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """The scale [out, groups] of each group of a weight [out, in] at which rounding it loses least, of `SHRINKS`.
-
-    Symmetric: whole numbers from -2^(bits-1) to 2^(bits-1) - 1 times the scale.
-    """
-    rows = weight.float().unflatten(1, (-1, group or weight.shape[1]))
-    top = 2 ** (bits - 1)
-    widest = rows.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny) / (top - 0.5)
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for shrink in SHRINKS.tolist():
-        scale = widest * shrink
-        error = (rows - (rows / scale).round().clamp(-top, top - 1) * scale).square().sum(2, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best.squeeze(2).to(weight.dtype)
-
-
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """The values that a weight [out, in] has after rounding to its `scales`, in groups by `group_of`."""
-    group, top = group_of(weight.shape[1], bits), 2 ** (bits - 1)
-    scale = scales(weight, bits, group)[..., None]
-    whole = (weight.unflatten(1, (-1, group or weight.shape[1])) / scale).round().clamp(-top, top - 1)
-    return (whole * scale).flatten(1)
+    """The values that a weight [out, in] has after rounding each to the nearest, in groups by `group_of`."""
+    grid = Rounding(bits, group_of(weight.shape[1], bits)).grid()
+    return round_to_nearest(weight, grid).weight()

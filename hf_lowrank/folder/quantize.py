@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lowrank.compression.codes import coded, solver_for_codes
+from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.packing import Rounding, pack, rounding_for
@@ -19,6 +22,7 @@ from hf_lowrank.folder.saving import read_record, save_model
 from hf_lowrank.folder.tokenizers import load_tokenizer
 from hf_lowrank.model.packable import packable
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
+from hf_lowrank.statistics import Statistics
 
 FACTORS = ("", ".up", ".down", ".down.rest")  # where the weights of a layer are, dense or factorized
 
@@ -37,6 +41,7 @@ def quantize_folder(
     output: str | Path,
     quantization: Quantization | None = None,
     overwrite: bool = False,
+    statistics: Statistics | None = None,
 ) -> Quantized:
     """Write the model in `source` to `output` with its linear layers, factors among them, and embeddings in few bits.
 
@@ -49,18 +54,22 @@ def quantize_folder(
         output: a folder, written whole or not at all.
         quantization: how; 8 bits, weight-only, by compressed-tensors unless given.
         overwrite: whether `output` may be replaced.
+        statistics: of the model, or of the dense one that it was made of: what the method it was compressed by needs,
+            or of a dense model the default. Layers that they know are rounded so as to lose least by that method's
+            objective; without, every weight is rounded to the nearest.
 
     Raises:
         LowRankError: the model is quantized already, cannot be read, or has nothing to quantize; the library is not
-            installed or cannot run on this machine.
+            installed, cannot run on this machine, or rounds by itself; the statistics are of another model.
     """
     quantization = quantization or Quantization()
     quantization.check_here()
     refuse_quantized(source)
-    model, layers = _quantized(source, quantization)
     record, before = read_record(source), weights_bytes(Path(source))
+    method = None if statistics is None else (record or {}).get("settings", {}).get("method", CompressionConfig.method)
+    model, layers = _quantized(source, quantization, method, statistics)
     if record is not None:
-        record |= {"quantization": described(quantization), "unquantized_bytes": before}
+        record |= {"quantization": described(quantization, method), "unquantized_bytes": before}
     save_model(model, _tokenizer(source), output, overwrite, record=record)
     return Quantized(before, weights_bytes(Path(output)), layers)
 
@@ -71,22 +80,41 @@ def _tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def _quantized(source: str | Path, quantization: Quantization) -> tuple[Any, int]:
+def _quantized(
+    source: str | Path, quantization: Quantization, method: str | None, statistics: Statistics | None
+) -> tuple[Any, int]:
     """The quantized model and how many of its layers are."""
-    dtype = getattr(torch, quantization.dtype) if quantization.dtype else "auto"
-    model = load_own(source, dtype)
+    stored = getattr(torch, quantization.dtype) if quantization.dtype else None
     if quantization.quantizer.config is None:
-        return model, quantize_(model, quantization)
+        model = load_own(source)
+        solver = None if method is None else solver_for_codes(model, method, statistics)
+        return model, quantize_(model, quantization, solver=solver, dtype=stored)
+    dtype = stored or "auto"
+    if statistics is not None:
+        raise LowRankError(f"{quantization.library} rounds by itself: statistics are for compressed-tensors")
+    model = load_own(source, dtype)
     layers = quantizable(model, quantization)
     left = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in layers]
     config = quantization.quantizer.config(quantization.bits, quantization.scheme, left)
     return load_whole(own_class(read_config(source)), source, dtype, quantization_config=config), len(layers)
 
 
-def quantize_(model: PreTrainedModel, quantization: Quantization, bits: Mapping[str, int] | None = None) -> int:
+def quantize_(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    bits: Mapping[str, int] | None = None,
+    solver: LayerSolver | None = None,
+    dtype: torch.dtype | None = None,
+) -> int:
     """Round a model's weights in place, by the library that needs no loading; saving it stores few bits.
 
-    `bits` are those of single layers by name, the factors of which have as many; all others are as `quantization` says.
+    Args:
+        model: dense or low-rank.
+        quantization: how.
+        bits: of single layers by name, the factors of which have as many; others are as `quantization` says.
+        solver: what is known of its layers, whose weights are rounded so as to make up for each other (see
+            `compression.codes.coded`); all others are rounded to the nearest.
+        dtype: of what is not rounded, scales among it; None for the model's.
 
     Returns:
         How many layers were rounded.
@@ -102,7 +130,11 @@ def quantize_(model: PreTrainedModel, quantization: Quantization, bits: Mapping[
     own = {f"{name}{factor}": few for name, few in (bits or {}).items() for factor in FACTORS}
     roundings = {name: _rounding(layer, quantization) for name, layer in layers.items()}
     roundings |= {name: rounding_for(layers[name], few) for name, few in own.items() if name in layers}
-    pack(model, roundings)
+    scales_in = dtype or model.dtype
+    grids = {name: rounding.grid(scales_in) for name, rounding in roundings.items()}
+    known = {} if solver is None else coded(model, solver, grids)
+    nn.Module.to(model, scales_in)
+    pack(model, roundings, known)
     return len(layers)
 
 

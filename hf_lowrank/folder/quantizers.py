@@ -111,14 +111,15 @@ class Quantization:
             raise LowRankError(f'{self.library} is not installed: pip install "hf_lowrank[quantizers]"')
 
 
-def described(quantization: Quantization) -> dict[str, Any]:
-    """How a model was quantized, for its record."""
+def described(quantization: Quantization, method: str | None = None) -> dict[str, Any]:
+    """How a model was quantized, for its record: with what a method knows of it, or each weight to the nearest."""
     package = quantization.library
     return {
         "bits": quantization.bits,
         "library": package,
         "scheme": quantization.scheme,
         "embedding_bits": quantization.of_embeddings,
+        "rounding": "nearest" if method is None else method,
         "version": version(package),
     }
 

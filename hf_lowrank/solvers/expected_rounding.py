@@ -60,10 +60,15 @@ def _of_weight(weight: Tensor, outputs: Tensor, inputs: Tensor, scheme: Scheme) 
     return rows @ variances @ columns
 
 
+def pivots(moment: Tensor) -> Tensor:
+    """What the rounding of every entry along a side counts, where entries make up for each other [n]."""
+    return unit_upper(moment)[1]
+
+
 def _counts(moment: Tensor, with_moments: bool) -> Tensor:
-    """What the rounding of every entry along a side counts [n]."""
+    """What it counts [n]."""
     if with_moments:
-        return unit_upper(moment)[1]
+        return pivots(moment)
     return moment if moment.ndim == 1 else moment.diagonal()
 
 

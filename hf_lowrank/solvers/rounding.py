@@ -15,16 +15,28 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.gauge import with_ridge
-from hf_lowrank.solvers.scaled import Scaled
+
+# A triangle among rows or columns, and what earlier ones make of every entry; None where they are independent.
+Coupling = tuple[Tensor, Tensor] | None
+
+# What is outside of a tile of so many rows and columns counts by products of matrices; narrow ones have all rows.
+TILE, NARROW = 128, 32
+
+# Ranges that a clipped grid tries, as shares of the largest weight's.
+SHRINKS = torch.linspace(1.0, 0.6, 17)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Whole numbers of `bits`, symmetric about 0, times a scale: the largest magnitude that shares it is the last one.
+    """Whole numbers of `bits` times a scale, which is shared by a row, or by `group` entries next to each other in it.
 
-    A scale is shared by all entries of a row (per output channel), or by `group` entries next to each other in it.
+    Args:
+        bits: of a number.
+        group: how many entries share a scale; None for those of a row (per output channel).
+        clipped: which scale. Without, numbers are symmetric about 0 and the largest magnitude is the last of them.
+            With, there is one more below 0, and of ranges a little narrower (`SHRINKS`) the one is taken at which
+            rounding to nearest loses least: what is beyond is cut off.
+        scales_in: the dtype in which scales are stored; None for that of the weight.
 
     Raises:
         LowRankError: bits that are not from 2 to 8, or a group below 1.
@@ -32,6 +44,8 @@ class Grid:
 
     bits: int = 8
     group: int | None = None
+    clipped: bool = False
+    scales_in: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -44,16 +58,23 @@ class Grid:
         """The largest code."""
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def bottom(self) -> int:
+        """The smallest code."""
+        return -self.top - int(self.clipped)
+
     def largest(self, weight: Tensor) -> Tensor:
         """The largest magnitudes [out, groups] of a weight [out, in]."""
-        size = min(self.group or weight.shape[1], weight.shape[1])
-        padded = torch.nn.functional.pad(weight.abs(), (0, -weight.shape[1] % size))
-        return padded.unflatten(1, (-1, size)).amax(dim=2)
+        return self._grouped(weight.abs()).amax(dim=2)
 
     def scales(self, weight: Tensor) -> Tensor:
         """The distance between values [out, groups] for a weight [out, in]; 1 where there are only zeros."""
-        largest = self.largest(weight)
-        return torch.where(largest > 0, largest / self.top, 1.0)
+        if self.clipped:
+            found = self._clipped(weight)
+        else:
+            largest = self.largest(weight)
+            found = torch.where(largest > 0, largest / self.top, 1.0)
+        return found if self.scales_in is None else found.to(self.scales_in).to(weight.dtype)
 
     def spread(self, scales: Tensor, columns: int) -> Tensor:
         """Scales [out, groups] → those of every entry [out, columns]."""
@@ -62,6 +83,22 @@ class Grid:
     def steps(self, weight: Tensor) -> Tensor:
         """The distance between values at every entry of a weight [out, in]."""
         return self.spread(self.scales(weight), weight.shape[1])
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """The entries that share a scale [out, groups, size], zeros after the last ones of a row."""
+        size = min(self.group or weight.shape[1], weight.shape[1])
+        return torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+
+    def _clipped(self, weight: Tensor) -> Tensor:
+        """The scales of least squared error, of `SHRINKS` [out, groups]."""
+        rows = self._grouped(weight.float())
+        widest = rows.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny) / (self.top + 0.5)
+        best, least = widest, torch.full_like(widest, torch.inf)
+        for shrink in SHRINKS.tolist():
+            scale = widest * shrink
+            error = (rows - (rows / scale).round().clamp(self.bottom, self.top) * scale).square().sum(2, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best.squeeze(2).to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -80,8 +117,23 @@ class Rounded:
 def round_to_nearest(weight: Tensor, grid: Grid, scales: Tensor | None = None) -> Rounded:
     """Every entry of a weight [out, in] by itself, with the scales of the grid or others [out, groups]."""
     scales = grid.scales(weight) if scales is None else scales
-    codes = (weight / grid.spread(scales, weight.shape[1])).round().clamp(-grid.top, grid.top)
+    codes = (weight / grid.spread(scales, weight.shape[1])).round().clamp(grid.bottom, grid.top)
     return Rounded(codes.to(torch.int8), scales, grid)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a matrix [rows, columns] on its way to a grid: views of its values, steps, and what became of it.
+
+    Entries that are `kept` have their `codes`; `change` is Δ, and `made` Δ X.
+    """
+
+    values: Tensor
+    steps: Tensor
+    kept: Tensor
+    codes: Tensor
+    change: Tensor
+    made: Tensor
 
 
 @torch.no_grad()
@@ -90,9 +142,9 @@ def round_with_moments(
 ) -> Rounded:
     """Every entry of a weight [out, in] so that it makes up for those before it, under an error tr Δᵀ G Δ A.
 
-    Scales are those of `round_to_nearest`, and the largest entry, which decides a scale, keeps its code: rounding the
-    result to nearest by the same rule gives the same codes. Entry (o, j) depends on those above it and to its left:
-    antidiagonals are rounded at once, or whole columns where G is diagonal. Computed in float64.
+    Scales are those of `round_to_nearest`. Where it is the largest entry that decides a scale, it keeps its code:
+    rounding the result to nearest by the same rule gives the same codes. Entry (o, j) depends on those above it and to
+    its left: antidiagonals are rounded at once, or whole columns where G is diagonal. Computed in float64, in tiles.
 
     Args:
         weight: [out, in].
@@ -103,61 +155,68 @@ def round_with_moments(
     """
     nearest = round_to_nearest(weight, grid, scales)
     values, steps = weight.double(), grid.spread(nearest.scales, weight.shape[1]).double()
-    codes = nearest.codes.double()
     decides = weight.abs() >= grid.spread(grid.largest(weight), weight.shape[1])
-    kept = decides if scales is None else torch.zeros_like(decides)
+    kept = decides if scales is None and not grid.clipped else torch.zeros_like(decides)
     across, along = (unit_upper(moment.to(values.device))[0] for moment in (outputs, inputs))
-    change, made = torch.zeros_like(values), torch.zeros_like(values)  # Δ, and Δ X
-    for rows, columns in _wavefronts(weight.shape, coupled=across is not None):
-        feedback = torch.zeros_like(values[rows, columns])
-        if along is not None:
-            feedback += (change[rows] * along[:, columns].T).sum(dim=1)
-        before = feedback.clone()
-        if across is not None:
-            feedback += (made[:, columns] * across[:, rows]).sum(dim=0)
-        value, step, fixed = values[rows, columns], steps[rows, columns], kept[rows, columns]
-        free = ((value - feedback) / step).round().clamp(-grid.top, grid.top)
-        chosen = torch.where(fixed, codes[rows, columns], free)
-        codes[rows, columns], change[rows, columns] = chosen, chosen * step - value
-        made[rows, columns] = change[rows, columns] + before
+    codes, change, made = nearest.codes.double(), torch.zeros_like(values), torch.zeros_like(values)  # Δ, and Δ X
+    for rows in _blocks(len(values), len(values) if across is None else TILE):
+        above = None if across is None else across[: rows.start, rows].T @ made[: rows.start]
+        for columns in _blocks(values.shape[1], NARROW if across is None else TILE):
+            tile = rows, columns
+            _round_tile(
+                Tile(values[tile], steps[tile], kept[tile], codes[tile], change[tile], made[tile]),
+                None if across is None or above is None else (across[rows, rows], above[:, columns]),
+                None
+                if along is None
+                else (along[columns, columns], change[rows, : columns.start] @ along[: columns.start, columns]),
+                grid,
+            )
     return Rounded(codes.to(torch.int8), nearest.scales, grid)
 
 
-@torch.no_grad()
-def round_factors(factors: Factors, sides: Scaled, grid: Grid, lookup: bool = False) -> tuple[Rounded, Rounded]:
-    """`up` [out, r] and `down` [r, in] on a grid, under an error ‖L Δ Rᵀ‖² of their product.
+def _round_tile(tile: "Tile", across: Coupling, along: Coupling, grid: Grid) -> None:
+    """Round one part of a matrix, whose `codes`, `change` and `made` are written, given what was made before it.
 
-    `down` is rounded first, then what is left of its error is taken up by `up` (least squares), which is rounded with
-    the moment of the inner channels as they are by then. With `lookup`, `down` is an embedding, stored [in, r]: what is
-    rounded and returned is its transpose.
-
-    What the mean input makes of a change is the same in every token, and adds up. Where there is a bias, round under
-    centred inputs and let the bias make up for it.
+    A coupling is a triangle among the rows or columns of the tile, and what those before it make of every entry; None
+    where they do not depend on each other.
     """
-    up, down = factors.up.double(), factors.down.double()
-    inputs, outputs = sides.right.gram(down.shape[1]), sides.left.gram(len(up))
-    by_channel = with_ridge(up.T @ sides.left.square(up))
-    if lookup:
-        rounded_down = round_with_moments(down.T, inputs, by_channel, grid)
-        there = rounded_down.weight().T
-    else:
-        rounded_down = round_with_moments(down, by_channel, inputs, grid)
-        there = rounded_down.weight()
-    weighted = sides.right.square(there.T)  # A D̂ᵀ
-    moment = with_ridge(there @ weighted)
-    refitted = torch.linalg.solve(moment, (up @ (down @ weighted)).T).T
-    return round_with_moments(refitted, outputs, moment, grid), rounded_down
+    for rows, columns in _wavefronts(tile.values.shape, coupled=across is not None):
+        before = torch.zeros_like(tile.values[rows, columns])
+        if along is not None:
+            triangle, earlier = along
+            before = earlier[rows, columns] + (tile.change[rows] * triangle[:, columns].T).sum(dim=1)
+        feedback = before
+        if across is not None:
+            triangle, earlier = across
+            feedback = before + earlier[rows, columns] + (tile.made[:, columns] * triangle[:, rows]).sum(dim=0)
+        value, step, fixed = tile.values[rows, columns], tile.steps[rows, columns], tile.kept[rows, columns]
+        free = ((value - feedback) / step).round().clamp(grid.bottom, grid.top)
+        chosen = torch.where(fixed, tile.codes[rows, columns], free)
+        tile.codes[rows, columns], tile.change[rows, columns] = chosen, chosen * step - value
+        tile.made[rows, columns] = tile.change[rows, columns] + before
 
 
 def unit_upper(moment: Tensor) -> tuple[Tensor | None, Tensor]:
     """X [n, n], strictly upper triangular, and d [n], with (I + X) diag(d) (I + X)ᵀ a positive matrix [n, n].
 
-    None and the diagonal itself where that [n] is all there is.
+    None and the diagonal itself where that [n] is all there is. Where rounding made the matrix indefinite, as little as
+    will do is added to its diagonal.
     """
     if moment.ndim == 1:
         return None, moment
-    upper = torch.linalg.cholesky(moment.double().flip(0, 1)).flip(0, 1)  # moment = upper · upperᵀ
+    turned = moment.double().flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    mean, share = turned.diagonal().mean(), 1e-10
+    while failed:
+        turned.diagonal().add_(share * torch.where(mean > 0, mean, 1.0))
+        share *= 10
+        lower, failed = torch.linalg.cholesky_ex(turned)
+    upper = lower.flip(0, 1)  # moment = upper · upperᵀ
     return (upper / upper.diagonal()).triu(1), upper.diagonal().square()
+
+
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _wavefronts(shape: torch.Size, coupled: bool) -> Iterator[tuple[Tensor, Tensor]]:

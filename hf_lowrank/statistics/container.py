@@ -141,6 +141,24 @@ class Statistics:
         Raises:
             LowRankError: a kind is missing, or a module is unknown, has another shape or other weights.
         """
+        self.check_shapes(targets, kinds)
+        for name, target in targets.items():
+            if kinds and self.weights.get(name) != digest(target.module):
+                raise LowRankError(
+                    f"{name}: the statistics were measured on other weights ({self._source()}); "
+                    "measure them again on this model"
+                )
+
+    def check_shapes(self, targets: Mapping[str, Target], kinds: tuple[str, ...]) -> None:
+        """Raise unless every target has these kinds, in the shapes of its weight.
+
+        Args:
+            targets: layers, factorized or not.
+            kinds: names in `KINDS`.
+
+        Raises:
+            LowRankError: a kind is missing, or a module is unknown or has another shape.
+        """
         for name, target in targets.items():
             for kind in kinds:
                 shape, expected = tuple(self.mean(kind, name).shape), sum_shape(kind, target)
@@ -148,11 +166,6 @@ class Statistics:
                     raise LowRankError(
                         f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?"
                     )
-            if kinds and self.weights.get(name) != digest(target.module):
-                raise LowRankError(
-                    f"{name}: the statistics were measured on other weights ({self._source()}); "
-                    "measure them again on this model"
-                )
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write `statistics.safetensors` and `statistics.json` into a new folder, both or none.

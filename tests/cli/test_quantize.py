@@ -75,6 +75,11 @@ def test_compress_to_bits_at_once(places: Path, tmp_path: Path, monkeypatch: Any
     assert "compressed" in told
     record = read_record(tmp_path / "few")
     assert record is not None
+    assert record["quantization"]["rounding"] == "kfac"
+    code, told, _ = run(monkeypatch, capfd, "inspect", tmp_path / "few")
+    assert "rounded with the moments of kfac" in told
+    record = read_record(tmp_path / "few")
+    assert record is not None
     assert record["quantization"]["bits"] == 8
     assert "quantization_config" in (tmp_path / "few" / "config.json").read_text()
     assert run(monkeypatch, capfd, "verify", tmp_path / "few")[0] == 0

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
-from hf_lowrank.allocation.stored import Stored
-from hf_lowrank.compression.rounded import RoundedLoss
+from hf_lowrank.allocation.stored import Stored, group_of
+from hf_lowrank.compression.rounded import RoundedLoss, rotated_pivots
 from hf_lowrank.compression.stored import with_embeddings
-from hf_lowrank.folder.packing import rounded
 from hf_lowrank.folder.quantize import quantize_
 from hf_lowrank.folder.quantizers import QUANTIZERS, Quantization
-from hf_lowrank.solvers.factors import Factors
-from hf_lowrank.solvers.gauge import flat
+from hf_lowrank.solvers.gauge import flat, random_rotation
+from hf_lowrank.solvers.rounded_factors import Grids, round_factors, round_weight
+from hf_lowrank.solvers.rounding import Grid, unit_upper
 from hf_lowrank.solvers.scaled import Scaled, whitening
 from tests.helpers import factorize, tiny_bert, tiny_llama, token_ids
 
@@ -36,17 +36,29 @@ def test_the_expected_loss_is_what_rounding_brings_about(bits: int, rank: int, l
     weight = torch.randn(96, 128, dtype=torch.float64)
     inputs = torch.rand(128, dtype=torch.float64) if lookup else moment(128)
     sides = Scaled(whitening(moment(96), 1e-2), whitening(inputs, 1e-3))
-    expected = RoundedLoss.of(weight, sides, sides, 1.0, lookup)
+    expected = RoundedLoss.of(weight, sides, 1.0, lookup)
     factors = flat(sides.factorize(weight, rank), sides)
-    truncated = sides.error(weight - factors.up @ factors.down)
+    truncated = sides.error(weight - factors.product())
     torch.testing.assert_close(expected.tails[rank], truncated, rtol=1e-6, atol=1e-9)
-    down = rounded(factors.down.T.contiguous(), bits).T if lookup else rounded(factors.down, bits)
-    few = Factors(factors.up if lookup else rounded(factors.up, bits), down)
-    noise = float(sides.error(few.up @ few.down - factors.up @ factors.down))
-    ratio = (expected(Stored(rank, bits)) - float(truncated)) / noise
-    assert 0.4 < ratio < 2.2
-    dense = rounded(weight.T.contiguous(), bits).T if lookup else rounded(weight, bits)
-    assert 0.6 < expected(Stored(None, bits)) / float(sides.error(dense - weight)) < 1.6
+    by_width = {width: Grid(bits, group_of(width, bits), clipped=True) for width in (rank, 96, 128)}
+    grids = Grids(None if lookup else by_width[rank], by_width[rank if lookup else 128], lookup)
+    noise = sides.error(round_factors(factors, sides, grids).factors.product() - factors.product())
+    assert 0.5 < (expected(Stored(rank, bits)) - float(truncated)) / float(noise) < 3
+    dense = round_weight(weight, sides, by_width[96 if lookup else 128], lookup).weight()
+    lost = sides.error((dense.T if lookup else dense) - weight)
+    assert 0.5 < expected(Stored(None, bits)) / float(lost) < 1.6
+
+
+def test_pivots_of_a_random_rotation_are_what_is_expected() -> None:
+    values = torch.linspace(1, 40, 96, dtype=torch.float64) ** -1.5
+    expected = rotated_pivots(values)
+    for rank in (16, 48, 96):
+        rotation = random_rotation(rank)
+        moment = rotation @ values[:rank].diag() @ rotation.T
+        assert expected[rank] == pytest.approx(float(unit_upper(moment)[1].sum() / moment.trace()), rel=0.06)
+    assert expected[0] == 1
+    for same in (torch.ones(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)):
+        assert float((rotated_pivots(same) - 1).abs().max()) < 1e-3
 
 
 def wide_bert() -> Any:

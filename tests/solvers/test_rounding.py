@@ -8,7 +8,8 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.expected_rounding import Scheme, error_of_dense, error_of_factors
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.gauge import balanced, flat
-from hf_lowrank.solvers.rounding import Grid, round_factors, round_to_nearest, round_with_moments, unit_upper
+from hf_lowrank.solvers.rounded_factors import Grids, round_factors, round_weight
+from hf_lowrank.solvers.rounding import Grid, round_to_nearest, round_with_moments, unit_upper
 from hf_lowrank.solvers.scaled import DiagonalScaling, Scaled, Scaling, whitening
 
 OUT, IN, RANK = 24, 40, 8
@@ -98,6 +99,16 @@ def test_moments_of_both_sides_beat_those_of_the_inputs_and_these_rounding_to_ne
     assert both < 0.85 * gptq
 
 
+def test_moments_of_few_samples_are_made_definite() -> None:
+    rows = torch.randn(3, IN, dtype=torch.float64)
+    moment, weight = rows.T @ rows - 1e-12 * torch.eye(IN), torch.randn(OUT, IN)
+    codes = round_with_moments(weight, torch.ones(OUT), moment, Grid(4)).codes
+    made = codes * Grid(4).scales(weight) - weight, round_to_nearest(weight, Grid(4)).weight() - weight
+    lost = [float((rows @ change.T.double()).norm()) for change in made]
+    assert lost[0] < 0.5 * lost[1]
+    assert (unit_upper(torch.zeros(4, 4))[1] > 0).all()
+
+
 def test_a_diagonal_output_moment_only_scales_rows() -> None:
     weight, inputs = torch.randn(OUT, IN), moment_of(IN)
     codes = [
@@ -132,8 +143,7 @@ def test_factors_lose_far_less_by_moments_than_by_rounding_to_nearest(grid: Grid
     nearest = round_to_nearest(factors.up, grid).weight() @ turned(
         round_to_nearest(turned(factors.down), grid).weight()
     )
-    up, down = round_factors(factors, scaled, grid, lookup)
-    by_moments = up.weight() @ turned(down.weight())
+    by_moments = round_factors(factors, scaled, Grids(grid, grid, lookup)).factors.product()
     errors = [scaled.error(factors.product() - product) for product in (by_moments, nearest)]
     assert errors[0] < 0.6 * errors[1]
 
@@ -195,6 +205,71 @@ def test_other_scales_are_kept(grid: Grid) -> None:
 
 def test_methods_without_moments_round_too() -> None:
     factors = Factors(torch.randn(OUT, RANK), torch.randn(RANK, IN))
-    up, down = round_factors(factors, Scaled(Scaling(), Scaling()), Grid(8))
-    change = up.weight() @ down.weight() - factors.product()
+    found = round_factors(factors, Scaled(Scaling(), Scaling()), Grids(Grid(8), Grid(8)))
+    change = found.factors.product() - factors.product()
     assert change.norm() < 0.02 * factors.product().norm()
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_tiles_change_nothing(diagonal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, inputs = moments(sides())
+    weight, found = torch.randn(OUT, IN, dtype=torch.float64), []
+    for tile in (7, 1000):
+        monkeypatch.setattr("hf_lowrank.solvers.rounding.TILE", tile)
+        monkeypatch.setattr("hf_lowrank.solvers.rounding.NARROW", tile)
+        found.append(round_with_moments(weight, outputs.diagonal() if diagonal else outputs, inputs, Grid(4)).codes)
+    assert torch.equal(*found)
+
+
+def heavy_tailed(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64) ** 3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [None, 8])
+def test_clipped_scales_lose_no_more_than_those_of_the_largest_weight(bits: int, group: int | None) -> None:
+    weight, grid = heavy_tailed(OUT, IN), Grid(bits, group, clipped=True)
+    plain = grid.largest(weight) / (grid.top + 0.5)
+    found, before = (round_to_nearest(weight, grid, scales) for scales in (grid.scales(weight), plain))
+    assert found.codes.min() >= -grid.top - 1
+    assert (found.weight() - weight).square().sum() <= (before.weight() - weight).square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_have_the_dtype_in_which_they_are_stored(dtype: torch.dtype) -> None:
+    scaled, grid = sides(), Grid(8, clipped=True, scales_in=dtype)
+    scales = round_with_moments(torch.randn(OUT, IN), *moments(scaled), grid).scales
+    assert torch.equal(scales, scales.to(dtype).to(scales))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_it_never_loses_more_than_rounding_to_nearest(bits: int, lookup: bool) -> None:
+    grid = Grid(bits, 8, clipped=True)
+    for _ in range(10):
+        scaled, weight = sides(), heavy_tailed(OUT, IN)
+        factors = flat(scaled.factorize(weight, RANK), scaled)
+        stored = factors.down.T if lookup else factors.down
+        down = round_to_nearest(stored, grid).weight()
+        product = round_to_nearest(factors.up, grid).weight() @ (down.T if lookup else down)
+        found = round_factors(factors, scaled, Grids(grid, grid, lookup)).factors.product()
+        assert scaled.error(found - factors.product()) <= scaled.error(product - factors.product())
+        turned = weight.T if lookup else weight
+        rounded = [
+            values.weight() - turned
+            for values in (round_weight(weight, scaled, grid, lookup), round_to_nearest(turned, grid))
+        ]
+        errors = [scaled.error(change.T if lookup else change) for change in rounded]
+        assert errors[0] <= errors[1]
+
+
+def test_known_columns_stay_and_a_factor_that_is_not_rounded_takes_up_the_error() -> None:
+    scaled, grid = sides(), Grid(4, clipped=True)
+    factors = scaled.factorize(torch.randn(OUT, IN), RANK)
+    columns = torch.randperm(IN)[:25]
+    found = round_factors(factors, scaled, Grids(None, grid, columns=columns))
+    others = torch.ones(IN, dtype=torch.bool).index_fill(0, columns, False)
+    assert torch.equal(found.factors.down[:, others], factors.down[:, others])
+    torch.testing.assert_close(found.factors.down[:, columns], found.down.weight())
+    kept = scaled.error(factors.product() - factors.up @ found.factors.down)
+    assert scaled.error(factors.product() - found.factors.product()) < 0.95 * kept
