@@ -76,11 +76,12 @@ def test_signals_end_in_order_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_factors_go_on_with_another_number_of_processes(
-    common: list[Any], undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
-    stopped_at("ranks.json", signal.SIGKILL, common, tmp_path / "out")
-    assert resumed(common, tmp_path / "out", processes=3) == undisturbed
+def test_factors_go_on_with_another_number_of_processes(common: list[Any], tmp_path: Path) -> None:
+    """Of one shot: what sequential ones are found from is added up by the processes, and rounded otherwise."""
+    words = [*common, "--no-sequential"]
+    Job(tmp_path / "job", hf_lowrank, *words, "--output", tmp_path / "whole").done()
+    stopped_at("ranks.json", signal.SIGKILL, words, tmp_path / "out")
+    assert resumed(words, tmp_path / "out", processes=3) == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
