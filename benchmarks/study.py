@@ -15,14 +15,16 @@ from benchmarks.harness import Options
 from hf_lowrank import CompressionConfig, Statistics, compress, compute_statistics
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.loading import load_model
+from hf_lowrank.statistics.batches import Marks
 from hf_lowrank.statistics.labels import Labels
 from hf_lowrank.tasks import get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks.table import SAMPLES
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
 SEEDS = (0, 1, 2)
-SAMPLES, BATCH_SIZE = 512, 16
+BATCH_SIZE = 16
 
 Figures = dict[str, Any]
 
@@ -44,6 +46,7 @@ class Study:
         self.model, self.tokenizer = load_model(options.model, self.task)
         self.validation = load_validation(self.task, self.data_dir, self.tokenizer, self.model.config)
         self.reference = Reference(self.model, self.tokenizer, self.task, self.validation)
+        self.marks: dict[tuple[str, int], Marks] = {}  # of what was measured by this process
         self.dense = self.row({"model": "dense"}, lambda: {"score": self.score(self.model)})["score"]
 
     def row(self, key: Mapping[str, Any], measure: Callable[[], Figures]) -> Figures:
@@ -63,19 +66,24 @@ class Study:
         rest: Any = (self.data_dir, samples, BATCH_SIZE, seed, labels)
         return calibration_loader(self.model, self.tokenizer, self.task, *rest)
 
-    def statistics(self, labels: str | Labels, seed: int, kind: str = "") -> tuple[Statistics, float]:
+    def statistics(
+        self, labels: str | Labels, seed: int, kind: str = "", samples: int = SAMPLES
+    ) -> tuple[Statistics, float]:
         """What kfac needs, by these labels, called `kind`, and the CPU seconds that measuring it took."""
-        place = self.folder / "statistics" / f"{self.name}-{kind or labels}-{seed}"
+        place = self.folder / "statistics" / f"{self.name}-{kind or labels}-{seed}-{samples}"
         if not place.is_dir():
-            started, rows = time.process_time(), self.samples("data" if labels == "data" else "model", seed)
-            options: Any = {"origin": {"seed": seed}, "progress": False, "labels": labels}
+            started, rows = time.process_time(), self.samples("data" if labels == "data" else "model", seed, samples)
+            marks = self.marks[kind or str(labels), seed] = Marks()
+            options: Any = {"origin": {"seed": seed}, "progress": False, "labels": labels, "marks": marks}
             found = compute_statistics(self.model, rows, CompressionConfig().needs, **options)
             place.parent.mkdir(parents=True, exist_ok=True)
             place.with_suffix(".json").write_text(json.dumps(time.process_time() - started), encoding="utf-8")
             found.save(place)
         return Statistics.load(place), json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
 
-    def measured(self, config: CompressionConfig, statistics: Statistics, samples: DataLoader | None = None) -> Figures:
+    def measured(
+        self, config: CompressionConfig, statistics: Statistics, samples: DataLoader | Marks | None = None
+    ) -> Figures:
         """A copy of the model, compressed: its score, how far it is from dense, and the CPU seconds of compressing."""
         started = time.process_time()
         low_rank, _ = compress(copy.deepcopy(self.model), config, statistics, progress=False, batches=samples)

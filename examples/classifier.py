@@ -22,7 +22,7 @@ print("dense:", classifier.score()["score"])
 # %% [markdown]
 # ## Measure and compress
 #
-# `keep_model=0.6` keeps 60% of the parameters of the whole model. Statistics are measured on 512 training samples: one
+# `keep_model=0.6` keeps 60% of the parameters of the whole model. Statistics are of 1,024 training samples: one
 # pass forward and back for each.
 
 # %%

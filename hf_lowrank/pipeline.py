@@ -35,13 +35,15 @@ from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.predictions import Readout
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
-from hf_lowrank.solvers import get_method
+from hf_lowrank.solvers import METHODS, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
+from hf_lowrank.statistics.batches import Marks
 from hf_lowrank.statistics.container import statistics_digest
 from hf_lowrank.statistics.labels import Labels, ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
+from hf_lowrank.tasks.table import SAMPLES
 from hf_lowrank.tasks.task import KINDS, Texts
 from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.divergence import Divergence, Reference
@@ -89,7 +91,7 @@ class Pipeline:
     data_dir: Path | None = None
     name: str = ""
     seed: int = 0
-    samples: int = 512
+    samples: int = SAMPLES
     batch_size: int = 16
     labels: str | None = None
     dtype: torch.dtype | None = None
@@ -101,6 +103,7 @@ class Pipeline:
     quantization: Quantization | None = None
     report: CompressionReport | None = field(default=None, init=False)
     known: Statistics | None = field(default=None, init=False, repr=False)
+    _marks: tuple[Statistics | None, Marks] = field(default=(None, Marks()), init=False)  # of what was measured last
 
     @classmethod
     def load(
@@ -335,8 +338,8 @@ class Pipeline:
         Raises:
             LowRankError: as `compute_statistics`.
         """
-        whose = labels or self.labels or "data"
-        return compute_statistics(
+        whose, marks = labels or self.labels or "data", Marks() if _go_on(kinds) else None
+        measured = compute_statistics(
             self.model,
             self._rows_by(whose),
             kinds,
@@ -347,7 +350,10 @@ class Pipeline:
             progress=self.progress,
             device=self.device,
             work=self.work,
+            marks=marks,
         )
+        self._marks = (measured, marks) if marks is not None else (None, Marks())
+        return measured
 
     def profile(self, config: CompressionConfig, statistics: Statistics | None) -> Profile | None:
         """The losses of single layers, measured, where the allocation of `config` asks for them.
@@ -593,6 +599,9 @@ class Pipeline:
         wanted = get_method(config.method).sequential if config.sequential is None else config.sequential
         if statistics is None or not wanted:
             return {}
+        measured, marks = self._marks
+        if measured is statistics and marks.complete:
+            return {"batches": marks}
         whose = "data" if statistics.labels == "data" else "model"
         return {"batches": self._rows_by(whose), "labels": self._labels(whose)}
 
@@ -613,6 +622,11 @@ class Pipeline:
     def _rows_by(self, labels: str) -> DataLoader:
         """The calibration samples, to be used by these labels."""
         return self.calibration if labels == (self.labels or "data") else self.rows(self.samples, labels)
+
+
+def _go_on(kinds: Sequence[str]) -> bool:
+    """Whether these are all that a method needs whose sequential factors then go on with the samples."""
+    return any(method.sequential and set(method.needs) <= {*kinds} for method in METHODS.values())
 
 
 def fitting(name: str, task: Task) -> Task:

@@ -29,7 +29,7 @@ from hf_lowrank.nn.layers_lowrank import LowRankLinear
 from hf_lowrank.nn.modeling_lowrank import to_low_rank_class
 from hf_lowrank.solvers import get_method
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.batches import Batch, Marks
 from hf_lowrank.statistics.labels import Labels
 from hf_lowrank.statistics.prefix import Prefix
 
@@ -41,7 +41,7 @@ def compress(
     progress: bool = True,
     profile: Profile | None = None,
     work: Work | None = None,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Marks | None = None,
     labels: str | Labels | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
@@ -62,7 +62,8 @@ def compress(
         profile: the measured losses of single layers, for the allocation "knapsack" (see `profile_losses`).
         work: where factors are kept as they are found, and read from if they were found before (see `Work.open`).
         batches: the samples of the statistics, with several processes a share of them, for sequential factors: what
-            the default method makes where they are given (see `CompressionConfig.sequential`).
+            the default method makes where they are given (see `CompressionConfig.sequential`). As `Marks`, which
+            measuring the statistics took note of, they need not be run once more to find their active tokens.
         labels: whose labels the losses of `batches` are by, as in `compute_statistics`; None for the statistics' own.
 
     Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in

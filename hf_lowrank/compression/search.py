@@ -14,7 +14,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.statistics import Statistics
-from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.batches import Batch, Marks
 from hf_lowrank.statistics.labels import Labels
 
 # The search begins with the largest budget below what the model has, and ends when the budget is known, to this share
@@ -40,7 +40,7 @@ def search_smallest(
     accept: Callable[[float], bool],
     profile: Profile | None = None,
     progress: bool = True,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Marks | None = None,
     labels: str | Labels | None = None,
 ) -> Found:
     """The model of fewest parameters whose measurement is accepted, by bisection of the budget `keep`.
@@ -86,7 +86,7 @@ def _measured(
     keep: float,
     profile: Profile | None,
     measure: Callable[[PreTrainedModel], float],
-    batches: Iterable[Batch] | None,
+    batches: Iterable[Batch] | Marks | None,
     labels: str | Labels | None,
 ) -> Found | None:
     """A copy of the model at a budget, and its measurement; None where the budget is below the least possible."""

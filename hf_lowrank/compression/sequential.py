@@ -11,7 +11,7 @@ from hf_lowrank.jobs.checkpoint import Store
 from hf_lowrank.jobs.distributed import on_main
 from hf_lowrank.model.targets import Target, tied_targets
 from hf_lowrank.solvers import get_method
-from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.batches import Batch, Marks
 from hf_lowrank.statistics.labels import Labels
 from hf_lowrank.statistics.prefix import Prefix, marked_batches
 
@@ -41,7 +41,7 @@ def prefix_of(
     model: PreTrainedModel,
     targets: Mapping[str, Target],
     config: CompressionConfig,
-    batches: Iterable[Batch] | None,
+    batches: Iterable[Batch] | Marks | None,
     labels: str | Labels,
     progress: bool,
 ) -> Prefix | None:
@@ -51,16 +51,16 @@ def prefix_of(
 
     Args:
         targets: the layers that get factors.
-        batches: the samples of the statistics.
+        batches: the samples of the statistics, or what measuring those marked of them.
         labels: whose labels those are by.
 
     Raises:
         LowRankError: the config asks for sequential factors, and a layer is used several times.
     """
     later = {name: target for name, target in targets.items() if target.kind != "embedding"}
-    if not later or not _is_wanted(model, targets, config, batches):
+    if not later or not _is_wanted(model, targets, config, batches is not None):
         return None
-    marked = marked_batches(model, later, batches or (), labels, progress)
+    marked = batches if isinstance(batches, Marks) else marked_batches(model, later, batches or (), labels, progress)
     try:
         return Prefix.of(model, later, marked)
     except LowRankError:  # of a layer that is not used once
@@ -69,13 +69,11 @@ def prefix_of(
         return None
 
 
-def _is_wanted(
-    model: PreTrainedModel, targets: Mapping[str, Target], config: CompressionConfig, batches: Iterable[Batch] | None
-) -> bool:
+def _is_wanted(model: PreTrainedModel, targets: Mapping[str, Target], config: CompressionConfig, given: bool) -> bool:
     if config.sequential is not None:
         return config.sequential
     able = not any(_why_not(model, target) for target in targets.values())
-    return get_method(config.method).sequential and able and batches is not None
+    return get_method(config.method).sequential and able and given
 
 
 def behind_each_other(

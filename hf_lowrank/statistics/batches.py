@@ -1,6 +1,7 @@
 """A batch as a model takes it → its samples, each a batch of its own."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,20 @@ from hf_lowrank.errors import LowRankError
 
 Batch = dict[str, Any]
 Split = Callable[[Batch], Iterable[Batch]]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Samples that are run at once, and which of their tokens are active for a layer [batch, tokens]."""
+
+    batch: Batch
+    active: Mapping[str, Tensor]
+
+
+class Marks(list[Marked]):
+    """This process's samples in the parts that they were run in; `complete` if that is all, of all processes."""
+
+    complete = False
 
 
 def batch_size(batch: Batch) -> int:

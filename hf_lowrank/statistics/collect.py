@@ -18,7 +18,7 @@ from hf_lowrank.jobs.interrupts import Stopped, undivided
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import Target, check_weights, find_targets
 from hf_lowrank.model.weights import digest, is_sharded, sums_device, unwrapped
-from hf_lowrank.statistics.batches import Batch, Split, batch_size, selected
+from hf_lowrank.statistics.batches import Batch, Marked, Marks, Split, batch_size, selected
 from hf_lowrank.statistics.checkpoints import Checkpoints
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Deliver, Read, Recorder, measuring
@@ -73,6 +73,7 @@ def compute_statistics(
     work: Work | None = None,
     split: Split | None = None,
     labels: str | Labels = "data",
+    marks: Marks | None = None,
 ) -> Statistics:
     """Measure `kinds` of every targeted layer (see `find_targets`) over all samples of `loader`.
 
@@ -102,6 +103,8 @@ def compute_statistics(
             none, and any output can be measured (see `ModelLabels`, which may be given itself). Under several processes
             a process's samples are taken to be every so many of all, as `calibration_loader` deals them: with others
             the signs are as random, but not those of one process.
+        marks: takes note of the samples and their active tokens, with which sequential factors go on (`compress`);
+            complete unless the last pass went on from a checkpoint.
 
     A model wrapped in DistributedDataParallel is taken out of it. One sharded by FSDP2 is measured as it is, all
     processes going step by step; it cannot be resumed.
@@ -127,10 +130,15 @@ def compute_statistics(
             break
         title = "statistics" if len(plan) == 1 else f"statistics, pass {number} of {_at_most(len(plan))}"
         run = _Pass(model, sharded, targets, devices, part, measured, split, source)
+        if marks is not None:
+            marks.clear()
+            run.marks = marks
         together = nullcontext() if run.sharded else shared_errors()  # sharded models go step by step
         shown_by = bar(title, _length(loader), "samples", progress)
         with shown_by as shown, measuring(model, targets, run.recorder), together:
             _run(run, loader, shown, checkpoints)
+        if marks is not None:
+            marks.complete = all(from_everyone(run.shared is not None and not run.restored))
         result = run.result(origin or {})
         measured = result if measured is None else measured.joined(result)
         if checkpoints is not None:
@@ -211,7 +219,8 @@ class _Pass:
         self.together: bool | None = False if split is not None else None
         self.sums = self._empty(self.kinds)
         self.seen = self.samples = self.tokens = self.labels = self.batches = 0
-        self.loss, self.regression = 0.0, False
+        self.loss, self.regression, self.restored = 0.0, False, False
+        self.marks: Marks | None = None
         self.place = PartialState().device if model.device.type == "meta" else model.device  # offloaded: hooks move it
         self.finite: dict[str, Tensor] = {}
         self.recorder = Recorder()
@@ -263,6 +272,9 @@ class _Pass:
         self.samples += len(part.numbers)
         self.labels += self.source.count(self.model, part.batch, len(part.numbers))
         self.tokens += int(part.batch["attention_mask"].sum()) if "attention_mask" in part.batch else 0
+        if self.marks is not None and self.shared is not None:
+            self.marks.append(Marked(part.batch, self.shared.active))
+            self.shared.active = {}
 
     def state(self) -> Result:
         """Everything that has been found out, between two batches."""
@@ -291,7 +303,7 @@ class _Pass:
             self.shared.restore(cells, facts["members"])
         for name in COUNTED:
             setattr(self, name, facts[name])
-        self.together = facts["together"]
+        self.together, self.restored = facts["together"], True
 
     def read(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
         """Add one input's share of a batch to what inputs alone decide (see `Recorder`)."""

@@ -25,24 +25,16 @@ from hf_lowrank.model.targets import Target, weight_shape
 from hf_lowrank.model.weights import sums_device
 from hf_lowrank.nn.editing_lowrank import replace_by_identity
 from hf_lowrank.nn.layers_lowrank import is_convolution
-from hf_lowrank.statistics.batches import Batch
-from hf_lowrank.statistics.collect import _Part, _Pass
+from hf_lowrank.statistics.batches import Batch, Marked, Marks
+from hf_lowrank.statistics.collect import _Pass
 from hf_lowrank.statistics.hooks import measuring
-from hf_lowrank.statistics.kinds import active_tokens, add_activation_moment, completed
+from hf_lowrank.statistics.kinds import add_activation_moment, completed
 from hf_lowrank.statistics.labels import Labels, labels_of
 from hf_lowrank.statistics.patches import geometry, patches, reading
 from hf_lowrank.statistics.shared import InputSums
 
 Side = Literal["dense", "low rank"]
 SIDES: tuple[Side, Side] = ("dense", "low rank")
-
-
-@dataclass(frozen=True)
-class Marked:
-    """Samples that are run at once, and which of their tokens are active for a layer [batch, tokens]."""
-
-    batch: Batch
-    active: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,42 +53,13 @@ class Order:
     blocks: tuple[str, ...]
 
 
-class _ActiveTokens(InputSums):
-    """In place of sums, which tokens were active for each layer in the batch at hand."""
-
-    def __init__(self, targets: dict[str, Target]) -> None:
-        super().__init__((), targets, {})
-        self.active: dict[str, Tensor] = {}
-
-    def _add(self, readers: tuple[str, ...], x: Tensor, arrived: list[Tensor]) -> None:
-        largest = torch.stack([each.to(x.device) for each in arrived]).amax(dim=0)
-        self.active |= dict.fromkeys(readers, active_tokens(largest).bool())
-
-
-class _Marking(_Pass):
-    """A pass that notes which tokens are active, for the very parts that batches are run in."""
-
-    shared: _ActiveTokens
-
-    def __init__(self, model: PreTrainedModel, targets: dict[str, Target], labels: Labels) -> None:
-        devices = {name: sums_device(target.module) for name, target in targets.items()}
-        super().__init__(model, False, targets, devices, (), None, None, labels)
-        self.shared = _ActiveTokens(targets)
-        self.marked: list[Marked] = []
-
-    def _count(self, part: _Part, losses: Tensor) -> None:
-        super()._count(part, losses)
-        self.marked.append(Marked(part.batch, self.shared.active))
-        self.shared.active = {}
-
-
 def marked_batches(
     model: PreTrainedModel,
     targets: dict[str, Target],
     loader: Iterable[Batch],
     labels: str | Labels = "data",
     progress: bool = True,
-) -> list[Marked]:
+) -> Marks:
     """This process's samples, as the model can be run on them, with the tokens that their losses depend on.
 
     One pass forward and back.
@@ -104,13 +67,15 @@ def marked_batches(
     Raises:
         LowRankError: as `compute_statistics`.
     """
-    run = _Marking(model, targets, labels_of(labels))
+    devices = {name: sums_device(target.module) for name, target in targets.items()}
+    run = _Pass(model, False, targets, devices, (), None, None, labels_of(labels))
+    run.shared, run.marks = InputSums((), targets, devices), Marks()
     shown_by = bar("active tokens", None, "samples", progress)
     with shown_by as shown, measuring(model, targets, run.recorder), shared_errors():
         for batch in loader:
             run.add(batch)
             shown.update(run.seen - shown.n)
-    return run.marked
+    return run.marks
 
 
 def forward_order(model: PreTrainedModel, targets: Mapping[str, Target], marked: Sequence[Marked]) -> Order:

@@ -30,6 +30,7 @@ class InputSums:
         self.kinds, self.targets, self.devices = kinds, targets, devices
         self.cells: dict[str, _Cell] = {}
         self.waiting: dict[Hashable, tuple[tuple[str, ...], Tensor, list[Tensor]]] = {}
+        self.active: dict[str, Tensor] = {}  # which tokens are, [batch, tokens] by layer, of the batch at hand
 
     def arrive(self, key: Hashable, readers: tuple[str, ...], x: Tensor, largest: Tensor) -> None:
         """Take the input `key`, x [batch, tokens, in], and what one reader's gradient is at most [batch, tokens].
@@ -87,6 +88,7 @@ class InputSums:
     def _add(self, readers: tuple[str, ...], x: Tensor, arrived: list[Tensor]) -> None:
         """Add an input, its tokens active if they are for any reader, to the sums of all its readers."""
         active = active_tokens(torch.stack([largest.to(x.device) for largest in arrived]).amax(dim=0))
+        self.active |= dict.fromkeys(readers, active.bool())
         x = x.float() if x.is_floating_point() else x
         for cell in self._cells_of(readers):
             for kind in self.kinds:

@@ -14,6 +14,7 @@ from hf_lowrank.jobs.distributed import from_everyone
 from hf_lowrank.jobs.settings import check_seed
 from hf_lowrank.tasks import Task, collator, load_split
 from hf_lowrank.tasks.encoding import encode_chosen
+from hf_lowrank.tasks.table import SAMPLES
 from hf_lowrank.tasks.windows import rows_at_once
 
 
@@ -22,7 +23,7 @@ def calibration_loader(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     data_dir: Path | None = None,
-    samples: int = 512,
+    samples: int = SAMPLES,
     batch_size: int = 16,
     seed: int = 0,
     labels: str = "data",

@@ -100,6 +100,8 @@ TASKS = {
 
 NAMES = (*TASKS, "custom")
 
+SAMPLES = 1024  # training rows that statistics are measured on, unless said otherwise
+
 
 def task_name(name: str) -> str:
     """The name of a task in whatever case and spelling: "STS-B", "sts_b" and "stsb" are one.

@@ -14,13 +14,15 @@ from transformers import PreTrainedModel
 from hf_lowrank import CompressionConfig, LowRankError, Statistics, compress, compute_statistics
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.jobs.interrupts import Stopped
 from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.solvers import get_method
 from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
-from hf_lowrank.statistics.batches import Batch
+from hf_lowrank.statistics.batches import Batch, Marks
 from hf_lowrank.statistics.prefix import Prefix, marked_batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 from tests.launches import Job
+from tests.statistics.test_labels import Interrupted
 
 METHODS = ("whiten", "whiten-diag", "kfac")
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -162,6 +164,30 @@ def test_moments_are_those_of_a_dense_and_a_compressed_model(architecture: str, 
             setattr(model.get_submodule(parent), child, changed)
     assert not any("forward" in vars(module) for module in model.modules())
     assert len(prefix.dense) < len(targets) if chained else len(prefix.dense) == len(targets)
+
+
+def test_what_measuring_the_statistics_marked_need_not_be_marked_again(tmp_path: Path) -> None:
+    model, config, marks = tiny_bert(), CompressionConfig(rank_ratio=0.25), Marks()
+    data, given = batches(model), {"labels": "model", "progress": False}
+    statistics = compute_statistics(model, data, config.needs, marks=marks, **given)  # type: ignore[arg-type]
+    assert marks.complete
+    targets = find_targets(model)
+    for one, two in zip(marks, marked_batches(model, targets, data, "model", progress=False), strict=True):
+        assert all(torch.equal(one.batch[key], two.batch[key]) for key in two.batch)
+        assert all(torch.equal(one.active[name], two.active[name]) for name in targets)
+    expected, _ = compress(copy.deepcopy(model), config, statistics, False, batches=data)
+    found, report = compress(model, config, statistics, False, batches=marks)
+    assert report.settings["sequential"]
+    assert torch.equal(outputs(found, data), outputs(expected, data))
+
+
+def test_a_measurement_that_went_on_from_a_checkpoint_has_not_marked_all(tmp_path: Path) -> None:
+    model, marks = tiny_bert(), Marks()
+    broken, given = Interrupted(batches(model)), {"progress": False, "work": Work.open(tmp_path / "work", {})}
+    with pytest.raises(Stopped):
+        compute_statistics(model, broken, ["activation_moment"], **given)
+    compute_statistics(model, broken, ["activation_moment"], marks=marks, **given)
+    assert not marks.complete
 
 
 class _Skipping(nn.Module):

@@ -8,12 +8,12 @@ import yaml
 
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks.table import task_name
+from hf_lowrank.tasks.table import SAMPLES, task_name
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.settings import FinetuneConfig
 
 Settings = dict[str, Any]
-STATISTICS = {"samples": 512, "batch_size": 16}
+STATISTICS = {"samples": SAMPLES, "batch_size": 16}
 DISTILLATION = tuple(each.name for each in fields(Distillation) if each.name != "teacher")
 PATHS = {1: "a compact model, fine-tuned", 2: "a large model, factorized", 3: "a compact model, factorized further"}
 
