@@ -80,13 +80,14 @@ class Recipe:
 
 
 class Paced(TrainerCallback):
-    """A checkpoint whenever so many minutes have passed, with the perplexity on held-out text in a line of a log."""
+    """A checkpoint after so many minutes of CPU time, with the perplexity on held-out text in a line of a log."""
 
     def __init__(self, minutes: float, held_out: Any, log: Path) -> None:
-        self.minutes, self.held_out, self.log, self.saved = minutes, held_out, log, time.monotonic()
+        self.minutes, self.held_out, self.log, self.saved = minutes, held_out, log, time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        control.should_save = time.monotonic() - self.saved >= 60 * self.minutes or state.global_step == state.max_steps
+        due = time.process_time() - self.saved >= 60 * self.minutes
+        control.should_save = due or state.global_step == state.max_steps
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
         loss = _loss(model, self.held_out)
@@ -94,7 +95,7 @@ class Paced(TrainerCallback):
         line = {"step": state.global_step, "loss": rate, "held-out loss": loss, "perplexity": math.exp(loss)}
         with self.log.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        self.saved = time.monotonic()
+        self.saved = time.process_time()
 
 
 def cache_folder(given: Path | None) -> Path:

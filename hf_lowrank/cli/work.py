@@ -78,7 +78,8 @@ def check_memory(
     empty = skeleton(model, task, state.device) if task is not None else None
     if task is None or empty is None:
         return None, None
-    estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=batch_size * task.max_length)
+    tokens = task.at_once(batch_size, task.max_length) * task.max_length
+    estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=tokens)
     place = statistics_device(estimate, state.device)
     if state.is_main_process:
         kept = ", the statistics in main memory" if place is not None else ""

@@ -101,6 +101,14 @@ def reason(error: BaseException) -> str:
         return "it is not UTF-8; save it as UTF-8"
     if "corresponds to no data" in said:
         return "it has no rows"
+    if "gated dataset" in said:
+        return "it is gated: ask for access on its page on the Hub, and log in with 'hf auth login'"
+    if "exist on the Hub" in said:
+        return "there is no such data set on the Hub, or it is private: check the name, or log in with 'hf auth login'"
+    if "Couldn't reach" in said:
+        return "the Hub cannot be reached, and it was not read before; give a folder of files as data_dir"
+    if "Config name is missing" in said:
+        return " ".join(str(causes[-1]).split("\n")[:2])  # and which ones there are
     lines = str(causes[-1]).strip().splitlines()
     return lines[0] if lines else type(causes[-1]).__name__
 

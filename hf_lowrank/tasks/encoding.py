@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -24,7 +24,7 @@ from hf_lowrank.tasks.multi_label import FlagsCollator, encode_labels
 from hf_lowrank.tasks.questions import QuestionCollator, encode_questions
 from hf_lowrank.tasks.sequences import PairCollator, encode_pairs
 from hf_lowrank.tasks.task import Task
-from hf_lowrank.tasks.windows import chosen_windows, windows
+from hf_lowrank.tasks.windows import chosen_windows, streamed_windows, windows
 
 
 def encode(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Dataset:
@@ -74,7 +74,12 @@ def _prepared(rows: Dataset, task: Task) -> Dataset:
 
 
 def encode_chosen(
-    rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, count: int, seed: int
+    rows: Dataset | IterableDataset,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    count: int,
+    seed: int,
 ) -> Dataset:
     """As `encode`, of `count` samples (all, if there are fewer) chosen by the seed: rows, or windows of running text.
 
@@ -82,8 +87,11 @@ def encode_chosen(
         LowRankError: as `encode`.
     """
     if task.packed:
+        wanted: Any = (task, tokenizer, checked_length(task, tokenizer, config), count, seed)
+        if not isinstance(rows, Dataset):
+            return streamed_windows(rows, *wanted)
         check_rows(rows, task, 0)
-        return chosen_windows(rows, task, tokenizer, checked_length(task, tokenizer, config), count, seed)
+        return chosen_windows(rows, *wanted)
     shuffled = rows.shuffle(seed=seed)
     return encode(shuffled.select(range(min(count, len(rows)))), task, tokenizer, config)
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from hf_lowrank.errors import LowRankError
 
+USUAL = 128  # tokens of a text, where nothing else is known
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -85,6 +87,10 @@ class Task:
                 "by; give texts in place of a task"
             )
         return replace(self, kind="similarity", score="spearman", metrics=None)
+
+    def at_once(self, batch_size: int, length: int) -> int:
+        """How many rows a batch of `batch_size` has: of windows fewer, so that it holds as many tokens as of texts."""
+        return max(1, batch_size * USUAL // max(length, USUAL)) if self.packed else batch_size
 
     @property
     def lower_is_better(self) -> bool:

@@ -1,19 +1,21 @@
 """Rows of running text → windows of equal length: all of them in order, or some chosen by a seed."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.tasks.checks import check_rows
 from hf_lowrank.tasks.task import Task
 
 PART = 2**24  # characters that are tokenised at once
 BLOCK = 1000  # rows that stay together where windows are chosen
+MIXED = 10_000  # rows of a stream that are held to be mixed
 MORE = 4  # windows to choose from, over those wanted
-USUAL = 128  # tokens of a text, of which batches are as many as their windows
 
 
 def windows(texts: Sequence[str], task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
@@ -41,20 +43,35 @@ def chosen_windows(
     """
     _refuse_empty(texts[task.text[0]], task)
     draw = np.random.default_rng(seed)
-    starts = draw.permutation(range(0, len(texts), BLOCK))
     blocks: list[np.ndarray] = []
-    for start in starts:
-        blocks.append(_ids(texts[int(start) : int(start) + BLOCK][task.text[0]], task, tokenizer))
-        if sum(len(ids) // length for ids in blocks) >= MORE * count:
+    for start in map(int, draw.permutation(range(0, len(texts), BLOCK))):
+        blocks.append(_ids(texts[start : start + BLOCK][task.text[0]], task, tokenizer, special=start == 0))
+        if _count(blocks, length) >= MORE * count:
             break
     found = _cut(blocks, task, length)
     return _rows(found[np.sort(draw.permutation(len(found))[:count])])
 
 
+def streamed_windows(
+    texts: IterableDataset, task: Task, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
+) -> Dataset:
+    """As `chosen_windows`, of a stream mixed by the seed, of which no more blocks are read than hold so many windows.
+
+    Raises:
+        LowRankError: the text is shorter than a window, or a row is no text.
+    """
+    rows = iter(texts.shuffle(seed=seed, buffer_size=MIXED))
+    blocks: list[np.ndarray] = []
+    while _count(blocks, length) < count and (block := list(islice(rows, BLOCK))):
+        column = {task.text[0]: [row.get(task.text[0]) for row in block]}
+        check_rows(Dataset.from_dict(column), task, 0)
+        blocks.append(_ids(column[task.text[0]], task, tokenizer, special=False))
+    return _rows(_cut(blocks or [np.empty(0, np.int32)], task, length)[:count])
+
+
 def rows_at_once(rows: Any, task: Task, batch_size: int) -> int:
-    """Rows in a batch: of windows fewer, so that it holds no more tokens than a batch of texts of the usual length."""
-    length = len(rows[0]["input_ids"]) if task.packed and len(rows) else USUAL
-    return max(1, batch_size * USUAL // max(length, USUAL))
+    """Rows in a batch: `batch_size`, of windows as `Task.at_once` says."""
+    return task.at_once(batch_size, len(rows[0]["input_ids"])) if task.packed and len(rows) else batch_size
 
 
 def _refuse_empty(texts: Iterable[str], task: Task) -> None:
@@ -62,10 +79,15 @@ def _refuse_empty(texts: Iterable[str], task: Task) -> None:
         raise LowRankError(f"the texts of {task.name} are empty: there is nothing to predict")
 
 
-def _ids(texts: Iterable[str], task: Task, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The token ids of the texts joined, with the tokenizer's special tokens at the ends of the whole."""
+def _count(blocks: Iterable[np.ndarray], length: int) -> int:
+    """The windows in runs of token ids."""
+    return sum(len(ids) // length for ids in blocks)
+
+
+def _ids(texts: Iterable[str], task: Task, tokenizer: PreTrainedTokenizerBase, special: bool = True) -> np.ndarray:
+    """The token ids of the texts joined, with the tokenizer's special tokens where the text begins if `special`."""
     parts = [
-        np.array(tokenizer(part, verbose=False, add_special_tokens=number == 0)["input_ids"], dtype=np.int32)
+        np.array(tokenizer(part, verbose=False, add_special_tokens=special and number == 0)["input_ids"], np.int32)
         for number, part in enumerate(_parts(texts, task.separator))
     ]
     return np.concatenate([*parts, np.empty(0, np.int32)])

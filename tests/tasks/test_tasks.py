@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertForSequenceClassification,
@@ -24,6 +24,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.tasks import TASKS, encode, get_task, label_ids_of, label_mapping, load_split
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.training.evaluate import evaluate
 from tests.helpers import bert_config
 
@@ -547,3 +548,23 @@ def test_any_text_has_a_perplexity(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert evaluate(model, tokenizer, task, tmp_path / "rows", progress=False) == plain
     with pytest.raises(LowRankError, match="text has no data set of its own; pass a folder as data_dir"):
         load_split(get_task("text"), "validation", None)
+
+
+def test_a_stream_of_text_is_read_as_far_as_its_windows_take(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = [" ".join(WORDS[(n + k) % len(WORDS)] for k in range(5)) for n in range(5000)]
+    write(tmp_path, train={"text": texts, "other": [None] * 5000})
+
+    def ids(seed: int, count: int = 6, column: str = "text") -> list[list[int]]:
+        rows = load_dataset("parquet", data_files=str(tmp_path / "train.parquet"), split="train", streaming=True)
+        task = get_task("text", text_columns=[column])
+        config = GPT2Config(vocab_size=64, n_positions=8)
+        return encode_chosen(rows, task, tokenizer, config, count, seed)["input_ids"][:]
+
+    assert [len(row) for row in ids(0)] == [8] * 6
+    assert ids(0) == ids(0) != ids(1)
+    assert len(ids(0, 1000)) == 1000
+    assert len(ids(0, 100_000)) == 5000 * 5 // 8
+    with pytest.raises(LowRankError, match="1000 of 1000 rows of the column 'other' are not usable, such as None"):
+        ids(0, column="other")
