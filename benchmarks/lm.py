@@ -75,7 +75,8 @@ class Study:
         key = (method, share, seed)
         if key not in self.known:
             config = CompressionConfig(method, keep=share)
-            small, report = compress(copy.deepcopy(self.model), config, self._statistics(config, seed), progress=False)
+            rest: dict[str, Any] = {"progress": False, "batches": self._calibration(seed)}
+            small, report = compress(copy.deepcopy(self.model), config, self._statistics(config, seed), **rest)
             figures, _ = self._compared(small, self.dense)
             kept = report.targeted_after / report.targeted_before
             self.known[key] = {"of": key, "kept": kept, "seconds": report.seconds, **figures}
