@@ -157,7 +157,7 @@ class Pipeline:
         """What statistics are measured on, in plain words."""
         _, task = self.reading
         data = data_name(task, self.data_dir)
-        return {"model": self.name, "task": task.name, "data": data, "split": "train", "seed": self.seed}
+        return {"model": self.name, "task": task.name, "data": data, "split": task.training, "seed": self.seed}
 
     @property
     def reading(self) -> tuple[PreTrainedTokenizerBase, Task]:

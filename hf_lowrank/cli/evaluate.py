@@ -1,5 +1,6 @@
 """hf-lowrank evaluate: a model's score on a task."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -12,14 +13,10 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks.table import NAMES
 
 
-@command("evaluate")
-def evaluate_command(
-    model: ModelArgument,
-    data: DataOrTexts,
-    task: Annotated[str | None, typer.Option(help=f"The task, not needed with --texts: {', '.join(NAMES)}.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="The dense model it was made from: how far predictions are from its own.")
-    ] = None,
+@dataclass(frozen=True)
+class HarnessOptions:
+    """Tasks of lm-evaluation-harness in place of those here."""
+
     lm_eval: Annotated[
         str | None,
         typer.Option(
@@ -27,9 +24,34 @@ def evaluate_command(
             help="Tasks of EleutherAI's lm-evaluation-harness, such as arc_easy,piqa, or YAML files of such tasks, for "
             "a language model. Needs the extra lm-eval.",
         ),
-    ] = None,
+    ] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Of each task of --lm-eval the first so many samples. Default: all.")
+    ] = None
+
+    def tasks(self) -> list[str]:
+        """Their names, of which there may be none.
+
+        Raises:
+            LowRankError: as `harness_tasks`; a limit of none.
+        """
+        if self.lm_eval is None:
+            if self.limit is not None:
+                raise LowRankError("--limit is of the tasks of --lm-eval")
+            return []
+        from hf_lowrank.training.lm_evaluation import harness_tasks
+
+        return harness_tasks(self.lm_eval)
+
+
+@command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    data: DataOrTexts,
+    harness: HarnessOptions,
+    task: Annotated[str | None, typer.Option(help=f"The task, not needed with --texts: {', '.join(NAMES)}.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model it was made from: how far predictions are from its own.")
     ] = None,
     batch_size: BatchOption = 32,
     as_json: JsonOption = False,
@@ -39,14 +61,14 @@ def evaluate_command(
     Example: hf-lowrank evaluate ./bert-stsb-lowrank --task stsb --against ./bert-stsb
     """
     named = data.reading(task)
-    harness = _harness(lm_eval, limit)
-    if harness and named is None and data.texts is None and against is None:
-        return _by_harness(model, harness, limit, batch_size, as_json)
+    tasks = harness.tasks()
+    if tasks and named is None and data.texts is None and against is None:
+        return _by_harness(model, tasks, harness.limit, batch_size, as_json)
     if named is None and (data.texts is None or against is None):
         raise LowRankError(
             "evaluate needs a --task to score on, or --texts and --against to compare with a dense model"
         )
-    if harness:
+    if tasks:
         raise LowRankError("--lm-eval has tasks of its own; leave out --task, --texts and --against")
 
     from accelerate import PartialState
@@ -57,17 +79,6 @@ def evaluate_command(
     facts = _measured(model, chosen, data, against, batch_size)
     if PartialState().is_main_process:
         print_json(facts) if as_json else _show(facts, chosen.score)
-
-
-def _harness(given: str | None, limit: int | None) -> list[str]:
-    """The tasks of --lm-eval, of which there may be none."""
-    if given is None:
-        if limit is not None:
-            raise LowRankError("--limit is of the tasks of --lm-eval")
-        return []
-    from hf_lowrank.training.lm_evaluation import harness_tasks
-
-    return harness_tasks(given)
 
 
 def _by_harness(model: str, tasks: list[str], limit: int | None, batch_size: int, as_json: bool) -> None:

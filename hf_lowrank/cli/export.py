@@ -39,9 +39,7 @@ def export_command(
     """Write a model as ONNX with free batch and length, factors as factors, and check it in ONNX Runtime.
 
     Of an encoder-decoder there are two graphs, encoder_model.onnx and decoder_model.onnx, in a folder. Caches are not
-    exported: language models answer whole sequences.
-
-    Needs the packages of the extra "export": pip install onnx onnxruntime onnxscript
+    exported: language models answer whole sequences. Needs the extra "export": pip install onnx onnxruntime onnxscript
 
     Example: hf-lowrank export ./bert-stsb-lowrank bert-stsb.onnx
     """
@@ -56,8 +54,8 @@ def export_command(
     from hf_lowrank.folder.onnx_runtime import megabytes
 
     difference = export_onnx(folder, output)
-    size = megabytes(output)
-    console.print(f"{output}: {size:.1f} MB; ONNX Runtime differs from the model by {difference:.1e}", highlight=False)
+    said = f"{output}: {megabytes(output):.1f} MB; ONNX Runtime differs from the model by {difference:.1e}"
+    console.print(said, highlight=False)
 
 
 def _int8(folder: Path, output: Path, reduce_range: bool, task: "Task | None", data_dir: Path | None) -> None:

@@ -100,6 +100,10 @@ class DataOptions:
         str | None,
         typer.Option(help="In place of a folder a data set on the Hub, NAME or NAME:CONFIG, for tasks of own data."),
     ] = None
+    config: Annotated[str | None, typer.Option(help="Which one of the configs of --dataset, if it has several.")] = None
+    split: Annotated[
+        str | None, typer.Option(help="Which one of the splits of --dataset is measured on. Default: train.")
+    ] = None
     text_column: Annotated[
         list[str] | None,
         typer.Option(
@@ -114,6 +118,17 @@ class DataOptions:
         int | None, typer.Option(help="Cut texts at this many tokens. Default: the task's own, 128 for GLUE.")
     ] = None
 
+    @property
+    def named_dataset(self) -> str | None:
+        """The data set with its config.
+
+        Raises:
+            LowRankError: a config of none.
+        """
+        if self.config is not None and self.dataset is None:
+            raise LowRankError("--config is one of a --dataset, and none is given")
+        return self.dataset if self.config is None else f"{self.dataset}:{self.config}"
+
     def of_task(self, name: str) -> "Task":
         """The task of that name with these data.
 
@@ -121,7 +136,7 @@ class DataOptions:
             LowRankError: as `get_task`.
         """
         columns: dict[str, Any] = {"text_columns": self.text_column, "label_column": self.label_column}
-        columns |= {"dataset": self.dataset}
+        columns |= {"dataset": self.named_dataset, "split": self.split}
         return get_task(name, self.max_length, data_dir=self.data_dir, **columns)
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import from_everyone
 from hf_lowrank.jobs.settings import check_seed
-from hf_lowrank.tasks import Task, collator, load_split
+from hf_lowrank.tasks import Task, collator
+from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.tasks.table import SAMPLES
 from hf_lowrank.tasks.windows import rows_at_once
@@ -41,7 +42,7 @@ def calibration_loader(
     if samples < 1 or batch_size < 1:
         raise LowRankError(f"samples and batch_size must be at least 1; they are {samples} and {batch_size}")
     task = task.without_labels() if labels == "model" else task
-    chosen = encode_chosen(load_split(task, "train", data_dir), task, tokenizer, model.config, samples, seed)
+    chosen = encode_chosen(training_rows(task, data_dir), task, tokenizer, model.config, samples, seed)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
     state = PartialState()  # no row twice, none left out, long and short ones for everyone
     share = longest_first.shard(state.num_processes, state.process_index, contiguous=False)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_lowrank.errors import LowRankError
@@ -55,7 +55,8 @@ def load_rows(task: Task, split: str, data_dir: Path | None) -> Dataset:
     if data_dir is None and not task.hub[0]:
         raise LowRankError(f"{task.name} has no data set of its own; pass a folder as data_dir")
     source = f"{task.hub[0]} ({split})"
-    given: dict[str, Any] = {"path": task.hub[0], "name": task.hub[1], "split": split}
+    own_split = task.training if split == "train" else split
+    given: dict[str, Any] = {"path": task.hub[0], "name": task.hub[1], "split": own_split}
     if data_dir is not None:
         source, given = _local(data_dir, split)
     try:
@@ -67,11 +68,41 @@ def load_rows(task: Task, split: str, data_dir: Path | None) -> Dataset:
     return rows.flatten() if task.kind == "seq2seq" else rows
 
 
-def on_hub(task: Task, dataset: str) -> Task:
-    """The task on another data set, a folder's or the Hub's name with a config behind a colon where it has several.
+def training_rows(task: Task, data_dir: Path | None) -> Dataset | IterableDataset:
+    """The rows that samples are chosen from: those of `load_split`, or a stream of them where no more is to be read.
 
     Raises:
-        LowRankError: there is no such data set, or it has no split to validate on.
+        LowRankError: as `load_split`.
+    """
+    if not task.streamed or data_dir is not None:
+        return load_split(task, "train", data_dir)
+    try:
+        rows = load_dataset(*task.hub, split=task.training, streaming=True)
+        columns = [*next(iter(rows))]
+    except StopIteration:
+        raise LowRankError(f"{task.hub[0]} ({task.training}) has no rows") from None
+    except Exception as error:  # datasets raises its own, pyarrow's and network errors
+        raise LowRankError(f"the data of {task.name} cannot be read from {task.hub[0]}: {reason(error)}") from error
+    if task.text[0] not in columns:
+        raise LowRankError(
+            f"{task.hub[0]} has no column {task.text[0]!r}; name the one with the text in text_columns, of "
+            f"{', '.join(columns)}"
+        )
+    return rows
+
+
+def on_hub(task: Task, dataset: str, training: str) -> Task:
+    """The task on another data set, a folder's or the Hub's name with a config behind a colon where it has several.
+
+    Running text is streamed, and needs no split to validate on, unless it is to be scored.
+
+    Args:
+        task: one without data of its own.
+        dataset: its name.
+        training: the split to measure and train on.
+
+    Raises:
+        LowRankError: there is no such data set, or it lacks a split.
     """
     name, _, config = dataset.partition(":")
     try:
@@ -79,9 +110,11 @@ def on_hub(task: Task, dataset: str) -> Task:
     except Exception as error:  # datasets raises its own and network errors
         raise LowRankError(f"the data set {dataset} cannot be read: {reason(error)}") from error
     held_out = [split for split in VALIDATION if split in splits]
-    if not held_out or "train" not in splits:
-        raise LowRankError(f"{dataset} has the splits {', '.join(splits)}; it takes train, and validation or test")
-    return replace(task, hub=(name, config or None), validation=(held_out[0],))
+    if training not in splits or not (held_out or task.packed):
+        needed = training if task.packed else f"{training}, and validation or test"
+        raise LowRankError(f"{dataset} has the splits {', '.join(splits)}; it takes {needed}")
+    validation = tuple(held_out[:1]) or task.validation
+    return replace(task, hub=(name, config or None), training=training, validation=validation, streamed=task.packed)
 
 
 def _split_of_texts(texts: Texts, split: str) -> Dataset:

@@ -130,6 +130,7 @@ def get_task(
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
     dataset: str | None = None,
+    split: str | None = None,
 ) -> Task:
     """The task called `name` (`task_name`), cut at another length or reading other data or columns if given.
 
@@ -143,6 +144,7 @@ def get_task(
         text_columns: the names of the columns that are read.
         label_column: the name of the column of the labels.
         dataset: in place of a folder a data set on the Hub, with a config after a colon if it has several.
+        split: the one of its splits that is measured and trained on; None for "train".
 
     Raises:
         LowRankError: there is no such task, the message lists the names; columns that it cannot have; a length below 1.
@@ -150,6 +152,8 @@ def get_task(
     name = task_name(name)
     if data_dir is not None and dataset is not None:
         raise LowRankError("give a folder of data or a data set on the Hub, not both")
+    if split is not None and dataset is None:
+        raise LowRankError("split is one of a dataset on the Hub, and none is given")
     if max_length is not None and max_length < 1:
         raise LowRankError(f"a text is cut at 1 token at least, not at max_length {max_length}")
     if data_dir is not None:
@@ -165,13 +169,13 @@ def get_task(
             raise LowRankError(f"{name} has no data of its own; give a folder as data_dir, or a data set on the Hub")
         from hf_lowrank.tasks.columns import settled  # here: data sets take time to import
 
-        task = settled(_on(TASKS[name], dataset), data_dir, tuple(text_columns or ()), label_column)
+        task = settled(_on(TASKS[name], dataset, split), data_dir, tuple(text_columns or ()), label_column)
     else:
-        task = _with_columns(_on(TASKS[name], dataset), tuple(text_columns or ()), label_column)
+        task = _with_columns(_on(TASKS[name], dataset, split), tuple(text_columns or ()), label_column)
     return replace(task, max_length=max_length, length_asked=True) if max_length else task
 
 
-def _on(task: Task, dataset: str | None) -> Task:
+def _on(task: Task, dataset: str | None, split: str | None) -> Task:
     """The task on another data set of the Hub, if one is given."""
     if dataset is None:
         return task
@@ -181,7 +185,7 @@ def _on(task: Task, dataset: str | None) -> Task:
         )
     from hf_lowrank.tasks.data import on_hub  # here: data sets take time to import
 
-    return on_hub(task, dataset)
+    return on_hub(task, dataset, split or task.training)
 
 
 def _with_columns(task: Task, text: tuple[str, ...], label: str | None) -> Task:

@@ -36,6 +36,7 @@ class Task:
     metrics: Callable[[Any, Any], dict[str, float]] | None = None
     label_names: tuple[str, ...] = ()
     label_values: tuple[Any, ...] = ()
+    training: str = "train"  # the split that is measured and trained on, of a data set on the Hub
     validation: tuple[str, ...] = ("validation",)
     packed: bool = False  # texts are parts of a running text, which is cut into windows of equal length: its samples
     separator: str | None = None  # what stands between such parts; None for a line break where a part ends without
@@ -43,6 +44,7 @@ class Task:
     max_length: int = 128
     length_asked: bool = False  # max_length is a user's: a model that cannot read so much is an error
     texts: Texts | None = field(default=None, repr=False)
+    streamed: bool = False  # of training data no more is read than is measured on
     own_data: bool = False  # its columns, and the names of its labels, are found in the data that a user gives
 
     @property

@@ -28,6 +28,7 @@ from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.tasks import Task, collator, encode, load_split
+from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.running import Bar, ByLength, as_before, checkpoint_folder, last_checkpoint, trainer_arguments
@@ -160,7 +161,7 @@ def _windows(
 ) -> tuple[Dataset, Dataset]:
     """As `_texts`, of windows of running text, which are known only once the text is read."""
     wanted: Any = (model.config, config.held_out + config.samples, config.seed)
-    rows = encode_chosen(load_split(task, "train", data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
+    rows = encode_chosen(training_rows(task, data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
     held, last = _divided(len(rows), task, config)
     return rows.select(range(held, last)), rows.select(range(held))
 

@@ -1,6 +1,7 @@
 """Tasks read local files, align labels, and score as the standard scripts do; bad data are named."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from transformers import (
     T5Config,
 )
 
+from hf_lowrank.cli.options import DataOptions
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.tasks import TASKS, encode, get_task, label_ids_of, label_mapping, load_split
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.tasks.data import reason, training_rows
 from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.training.evaluate import evaluate
 from tests.helpers import bert_config
@@ -568,3 +571,40 @@ def test_a_stream_of_text_is_read_as_far_as_its_windows_take(
     assert len(ids(0, 100_000)) > 3000  # all that there are
     with pytest.raises(LowRankError, match="1000 of 1000 rows of the column 'other' are not usable, such as None"):
         ids(0, column="other")
+
+
+def test_running_text_of_a_data_set_is_streamed(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "web").mkdir()
+    own(tmp_path / "web", "jsonl", train={"body": ["the cat sat on a mat and ran far away"] * 50, "url": ["x"] * 50})
+    task = get_task("text", dataset=str(tmp_path / "web"), text_columns=["body"])
+    assert not isinstance(training_rows(task, None), Dataset)
+    loader = calibration_loader(language_model(), tokenizer, task, samples=6)
+    assert [row for batch in loader for row in batch["input_ids"].shape[:1]] == [6]
+    assert next(iter(loader))["input_ids"].shape == (6, 8)
+    with pytest.raises(LowRankError, match="has no column 'text'; name the one with the text in text_columns, of body"):
+        training_rows(get_task("text", dataset=str(tmp_path / "web")), None)
+    with pytest.raises(LowRankError, match="has the splits train; it takes dev$"):
+        get_task("text", dataset=str(tmp_path / "web"), split="dev")
+    with pytest.raises(LowRankError, match="split is one of a dataset on the Hub, and none is given"):
+        get_task("text", split="dev")
+    with pytest.raises(LowRankError, match="--config is one of a --dataset, and none is given"):
+        DataOptions(config="en").of_task("text")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.", "it is gated: ask for access"),
+        (
+            "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.",
+            "there is no such data set on the Hub, or it",
+        ),
+        ("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)", "the Hub cannot be reached.* give a folder of"),
+        (
+            "Config name is missing.\nPlease pick one among the available configs: ['en']\nExample",
+            r"configs: \['en'\]$",
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_has_its_remedy(said: str, meant: str) -> None:
+    assert re.search(meant, reason(ConnectionError(said)))
