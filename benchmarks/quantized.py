@@ -147,7 +147,7 @@ class Study:
         self.pipeline.reading[0].save_pretrained(folder)
         exact, rounded = folder.with_suffix(".f32.onnx"), folder.with_suffix(".int8.onnx")
         export_onnx(folder, exact)
-        quantize_onnx(exact, rounded)
+        quantize_onnx(exact, rounded, self.pipeline.model.config)
         for bits, path in zip(GRAPHS, (exact, rounded), strict=True):
             yield (name, bits), OnnxModel(path, self.pipeline.model.config, threads=1)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lowrank.folder.export import export_onnx
-from hf_lowrank.folder.export_int8 import export_int8
+from hf_lowrank.folder.export import example_inputs, export_onnx
+from hf_lowrank.folder.export_int8 import export_int8, quantize_graph, quantize_onnx
 from hf_lowrank.folder.onnx_runtime import OnnxModel
+from hf_lowrank.folder.reading import read_config
 from tests.helpers import RANK, factorize, outputs, tiny_bert, token_ids
 
 onnx = pytest.importorskip("onnx")
@@ -52,6 +53,25 @@ def test_all_matrices_get_8_bits_and_the_outputs_stay_near(folder: Path, tmp_pat
     assert told.megabytes[1] == (tmp_path / "out" / "int8.onnx").stat().st_size / 1e6 < told.megabytes[0]
     assert told.scores == (1, 1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["int8.onnx"]
+
+
+def test_outliers_of_hidden_states_cost_little(tmp_path: Path) -> None:
+    model = factorize(tiny_bert())
+    for name, weight in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            weight.data[3] *= 40
+    model.save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    config = read_config(tmp_path / "model")
+    inputs = example_inputs(config, (8, 32))
+    exact = OnnxModel(tmp_path / "model.onnx", config)(**inputs).logits
+    quantize_graph(tmp_path / "model.onnx", tmp_path / "plain.onnx", [])
+    quantize_onnx(tmp_path / "model.onnx", tmp_path / "even.onnx", config)
+    plain, even = (
+        float((OnnxModel(tmp_path / name, config)(**inputs).logits - exact).norm())
+        for name in ("plain.onnx", "even.onnx")
+    )
+    assert even < plain / 2
 
 
 def test_seven_bits_for_processors_whose_sums_overflow(tmp_path: Path) -> None:
