@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_lowrank.jobs.checkpoint import Store
 from hf_lowrank.jobs.distributed import agreed, on_main
 from hf_lowrank.jobs.files import read_json, write_json
 from hf_lowrank.model.checks import check_model
-from hf_lowrank.model.predictions import Readout, divergences, read, unlabelled
+from hf_lowrank.model.predictions import Readout
 from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
@@ -31,18 +32,23 @@ from hf_lowrank.tasks import Task, collator, encode, load_split
 from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
 from hf_lowrank.training.divergence import Reference
-from hf_lowrank.training.running import Bar, ByLength, as_before, checkpoint_folder, last_checkpoint, trainer_arguments
+from hf_lowrank.training.running import (
+    Bar,
+    SameBatches,
+    as_before,
+    checkpoint_folder,
+    last_checkpoint,
+    trainer_arguments,
+)
 from hf_lowrank.training.settings import HealConfig
+from hf_lowrank.training.told import Batch, Teacher, Told
 
 CHECKS = 6  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
-HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")  # of outputs: after every block
 RATE, BEST = "rate.json", "best"
 DENSE_ONE = "give the dense model that this one was made from"
-
-Batch = dict[str, Any]
 
 
 def heal(
@@ -218,17 +224,17 @@ class _Healing:
         for name, parameter in self.factors.items():
             parameter.copy_(state[name])
 
+    @cached_property
+    def told(self) -> Teacher:
+        """The teacher, that says of a batch what it said before."""
+        return Teacher(self.teacher, self.config.hidden > 0, self.reference.readout)
+
     def losses(self, run: nn.Module, batch: Batch) -> Tensor:
         """The loss of every sample of a batch [samples]; `run` is the model, wrapped or not."""
-        inputs = unlabelled(self.model, batch) | {"output_hidden_states": self.config.hidden > 0}
-        with torch.no_grad():
-            told = self.teacher(**inputs)
-        said = run(**inputs)
-        readout = self.reference.readout
-        reference, own = read(self.teacher, told, batch, readout), read(self.model, said, batch, readout)
-        rows = divergences(reference, own)
-        losses = rows.new_zeros(own.samples).index_add(0, own.sample, rows) / own.counts.clamp_min(1)
-        return losses + self.config.hidden * hidden_errors(said, told, batch) if self.config.hidden else losses
+        told, inputs = self.told.says(batch), self.told.inputs(batch)
+        said = Told.of(self.model, run(**inputs), batch, self.reference.readout)
+        losses = told.divergence(said)
+        return losses + self.config.hidden * told.hidden_errors(said, batch) if self.config.hidden else losses
 
     def divergence(self) -> float:
         """That of the model from its teacher, on the held-out texts; the main process's counts on all of them."""
@@ -263,24 +269,6 @@ class _Healing:
             best.judge(self.divergence(), trainer.state.global_step)
 
 
-def hidden_errors(outputs: Any, teachers: Any, batch: Batch) -> Tensor:
-    """‖h − h'‖² / ‖h'‖² of every sample, over tokens that are no padding, its mean over all blocks [samples]."""
-    errors = []
-    for kind in HIDDEN:
-        own, theirs = getattr(outputs, kind, None), getattr(teachers, kind, None)
-        for one, other in zip(own[1:] if own else (), theirs[1:] if theirs else (), strict=True):
-            one, other = _unpadded(one, batch).float(), _unpadded(other, batch).float()
-            errors.append((one - other).square().flatten(1).sum(1) / other.square().flatten(1).sum(1))
-    return torch.stack(errors).mean(0) if errors else torch.zeros(1)
-
-
-def _unpadded(hidden: Tensor, batch: Batch) -> Tensor:
-    """Hidden states [samples, tokens, width] with 0 in the place of padding."""
-    mask: Any = batch.get("attention_mask")
-    same = isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]
-    return hidden * mask[..., None].to(hidden) if same else hidden
-
-
 class _Trainer(Trainer):
     """transformers' Trainer with a teacher in the place of labels."""
 
@@ -297,7 +285,7 @@ class _Trainer(Trainer):
         self.lengths = lengths_of(healing.rows)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return ByLength(self, self.lengths)
+        return SameBatches(self, self.lengths)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_divergence": self.healing.divergence()}

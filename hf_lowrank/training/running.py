@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,34 @@ class ByLength(Sampler):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        return iter(self.grouped(self.seed))
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step, over all processes."""
         arguments = self.trainer.args
+        return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+    @property
+    def seed(self) -> int:
+        """That of the epoch."""
         epoch = int(self.trainer.state.epoch or 0)
-        seed = int(np.random.SeedSequence([arguments.seed, epoch]).generate_state(1)[0])
-        batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-        return iter(get_length_grouped_indices(self.lengths, batch, generator=torch.Generator().manual_seed(seed)))
+        return int(np.random.SeedSequence([self.trainer.args.seed, epoch]).generate_state(1)[0])
+
+    def grouped(self, seed: int) -> list[int]:
+        """Rows of like lengths beside each other."""
+        return get_length_grouped_indices(self.lengths, self.batch, generator=torch.Generator().manual_seed(seed))
+
+
+class SameBatches(ByLength):
+    """The same batches in every epoch, in another order: what was kept of a batch is found again."""
+
+    def __iter__(self) -> Iterator[int]:
+        rows = self.grouped(self.trainer.args.seed)
+        whole, rest = divmod(len(rows), self.batch)
+        order = torch.randperm(whole, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        batches = [rows[number * self.batch : (number + 1) * self.batch] for number in order]
+        return chain(*batches, rows[len(rows) - rest :])
 
 
 class Bar(TrainerCallback):

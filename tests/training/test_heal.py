@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hf_lowrank.tasks.texts import given_texts, texts_task
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.heal import heal
 from hf_lowrank.training.settings import HealConfig
+from hf_lowrank.training.told import Teacher
 from tests.helpers import bert_config, tiny_gpt2, tiny_t5
 from tests.launches import Job
 from tests.tiny_task import WORDS, tiny_tokenizer, write_cola
@@ -125,16 +127,31 @@ def test_a_model_of_full_rank_has_nothing_to_gain(data: Path, tokenizer: Any) ->
 def test_the_loss_of_the_teacher_itself_is_zero_and_grows_with_every_blocks_error(tokenizer: Any) -> None:
     model = dense()
     batch = dict(tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt"))
-    with torch.no_grad():
-        theirs = model(**batch, output_hidden_states=True)
-    assert float(healing.hidden_errors(theirs, theirs, batch).sum()) == 0
-    other = copy.deepcopy(theirs)
-    other.hidden_states = tuple(state * 1.1 for state in theirs.hidden_states)
-    torch.testing.assert_close(healing.hidden_errors(other, theirs, batch), torch.full((2,), 0.01), rtol=1e-4, atol=0)
-    padded = copy.deepcopy(theirs)
-    for state in padded.hidden_states:
+    told = Teacher(model, True, None).says(batch)
+    assert float(told.hidden_errors(told, batch).sum() + told.divergence(told).sum()) == 0
+    other = replace(told, hidden=tuple(state * 1.1 for state in told.hidden))
+    torch.testing.assert_close(told.hidden_errors(other, batch), torch.full((2,), 0.01), rtol=1e-4, atol=0)
+    padded = copy.deepcopy(told)
+    for state in padded.hidden:
         state[1, 3:] += 1  # padding of the second text
-    assert float(healing.hidden_errors(padded, theirs, batch)[1]) == 0
+    assert float(told.hidden_errors(padded, batch)[1]) == 0
+
+
+def test_a_teacher_is_asked_once_of_every_batch_of_all_epochs_and_rates(
+    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FAST | {"epochs": 3, "rates": (3e-3, 1e-3), "patience": 9, "samples": 44}
+    asked: list[int] = []
+    taught, teacher = low_rank(), dense()
+    teacher.register_forward_hook(lambda *given: asked.append(1))
+    expected = heal(taught, teacher, tokenizer, get_task("cola"), data, **options)
+    assert len(asked) == 2 + 6  # of 16 held-out texts, and of 44 others
+    monkeypatch.setattr("hf_lowrank.training.told.KEPT_BYTES", 0)
+    again = low_rank()
+    facts = heal(again, teacher, tokenizer, get_task("cola"), data, **options)
+    assert len(asked) > 2 * (2 + 6)
+    assert same(taught, again)
+    assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
 
 
 def test_parts_of_a_step_add_up_to_it(data: Path, tokenizer: Any) -> None:

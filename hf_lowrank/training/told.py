@@ -1,0 +1,94 @@
+"""A teacher and the batches of a training, which come again → what it says of each, found once while there is room."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_lowrank.jobs.digests import digest_of
+from hf_lowrank.model.predictions import Predicted, Readout, divergences, read, unlabelled
+
+# What a teacher says is kept up to so many bytes, and found again beyond: 5,000 sentences of MiniLM's hidden states.
+KEPT_BYTES = 2**30
+
+HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")  # of outputs: after every block
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model says of a batch.
+
+    Args:
+        predicted: what it predicts.
+        hidden: the hidden states after every block [samples, tokens, width]; none where they were not asked for.
+    """
+
+    predicted: Predicted
+    hidden: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, outputs: Any, batch: Batch, readout: Readout | None) -> "Told":
+        """What is in the outputs of a model for a batch."""
+        states = (state for kind in HIDDEN for state in (getattr(outputs, kind, None) or ())[1:])
+        return cls(read(model, outputs, batch, readout), tuple(states))
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.predicted.values, *self.hidden))
+
+    def divergence(self, other: "Told") -> Tensor:
+        """How far another model's predictions are from these, the mean of every sample's in nats [samples]."""
+        rows = divergences(self.predicted, other.predicted)
+        sums = rows.new_zeros(self.predicted.samples).index_add(0, other.predicted.sample, rows)
+        return sums / other.predicted.counts.clamp_min(1)
+
+    def hidden_errors(self, other: "Told", batch: Batch) -> Tensor:
+        """‖h − h'‖² / ‖h‖² of every sample, over tokens that are no padding, its mean over all blocks [samples]."""
+        errors = []
+        for own, others in zip(self.hidden, other.hidden, strict=True):
+            wanted, found = _unpadded(own, batch).float(), _unpadded(others, batch).float()
+            errors.append((found - wanted).square().flatten(1).sum(1) / wanted.square().flatten(1).sum(1))
+        return torch.stack(errors).mean(0) if errors else torch.zeros(1)
+
+
+class Teacher:
+    """A model whose predictions of a batch, and hidden states if wanted, are kept while they fit into `KEPT_BYTES`.
+
+    Args:
+        model: in evaluation mode; it is not changed.
+        hidden: whether hidden states are wanted.
+        readout: see `predict`.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden: bool, readout: Readout | None) -> None:
+        self.model, self.hidden, self.readout = model, hidden, readout
+        self.kept: dict[str, Told] = {}
+        self.room = KEPT_BYTES
+
+    def inputs(self, batch: Batch) -> Batch:
+        """What both models are called with."""
+        return unlabelled(self.model, batch) | {"output_hidden_states": self.hidden}
+
+    def says(self, batch: Batch) -> Told:
+        """What it says of a batch."""
+        key = digest_of(value for value in batch.values() if isinstance(value, Tensor))
+        if key in self.kept:
+            return self.kept[key]
+        with torch.no_grad():
+            told = Told.of(self.model, self.model(**self.inputs(batch)), batch, self.readout)
+        if told.bytes <= self.room:
+            self.room -= told.bytes
+            self.kept[key] = told
+        return told
+
+
+def _unpadded(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states [samples, tokens, width] with 0 in the place of padding."""
+    mask: Any = batch.get("attention_mask")
+    same = isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]
+    return hidden * mask[..., None].to(hidden) if same else hidden
