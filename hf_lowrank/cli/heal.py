@@ -24,7 +24,13 @@ DEFAULTS = HealConfig()
 class HealingOptions:
     """How to heal: the fields of `HealConfig` of these names."""
 
-    samples: Annotated[int, typer.Option(help="Training texts to learn from.")] = DEFAULTS.samples
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Training texts to learn from. "
+            "[dim]Default: a third of all, but at least 2,048 and at most 4,096.[/dim]"
+        ),
+    ] = None
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = DEFAULTS.epochs
     held_out: Annotated[int, typer.Option(help="Other training texts to judge by.")] = DEFAULTS.held_out
     rate: Annotated[
@@ -36,7 +42,9 @@ class HealingOptions:
     ] = None
     batch_size: Annotated[int, typer.Option(help="Texts of a step, over all processes.")] = DEFAULTS.batch_size
     accumulate: Annotated[int, typer.Option(help="Parts of a step, where memory is short.")] = DEFAULTS.accumulate
-    hidden: Annotated[float, typer.Option(help="Weight of the hidden states' errors.")] = DEFAULTS.hidden
+    hidden: Annotated[float, typer.Option(help="Weight of the hidden states' errors at first; it falls to 0.")] = (
+        DEFAULTS.hidden
+    )
     patience: Annotated[int, typer.Option(help="Stop after so many measurements without getting nearer.")] = (
         DEFAULTS.patience
     )

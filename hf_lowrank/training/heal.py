@@ -46,6 +46,7 @@ from hf_lowrank.training.told import Batch, Teacher, Told
 CHECKS = 6  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
+FEWEST, MOST = 2048, 4096  # texts to learn from, a third of all in between: the third of an epoch in time, too
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
 RATE, BEST = "rate.json", "best"
 DENSE_ONE = "give the dense model that this one was made from"
@@ -68,7 +69,9 @@ def heal(
     """Train the factors of a low-rank `model`, in place, to say what its `teacher` says.
 
     The loss of a sample is the divergence of its predictions from the teacher's (see `divergences`; of tokens their
-    mean) plus `hidden` times the mean relative squared error of the hidden states after every block. No label is read.
+    mean) plus `hidden`, which falls to 0 in the course of the training, times the mean relative squared error of the
+    hidden states after every block: these say much of every token, where predictions of few are in doubt. No label is
+    read. What the teacher says is kept, as far as memory goes, so that it is asked once of every text.
     All other weights stay as they are, bit for bit, and dropout is off.
 
     Args:
@@ -166,7 +169,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
 ) -> tuple[Dataset, Dataset]:
     """As `_texts`, of windows of running text, which are known only once the text is read."""
-    wanted: Any = (model.config, config.held_out + config.samples, config.seed)
+    wanted: Any = (model.config, config.held_out + (config.samples or MOST), config.seed)
     rows = encode_chosen(training_rows(task, data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
     held, last = _divided(len(rows), task, config)
     return rows.select(range(held, last)), rows.select(range(held))
@@ -177,7 +180,8 @@ def _divided(count: int, task: Task, config: HealConfig) -> tuple[int, int]:
     if count < 2:
         raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {count}")
     held = min(config.held_out, count // 2)
-    return held, min(held + config.samples, count)
+    wanted = config.samples or max(FEWEST, min(count // 3, MOST))
+    return held, min(held + wanted, count)
 
 
 @contextmanager
@@ -229,12 +233,15 @@ class _Healing:
         """The teacher, that says of a batch what it said before."""
         return Teacher(self.teacher, self.config.hidden > 0, self.reference.readout)
 
-    def losses(self, run: nn.Module, batch: Batch) -> Tensor:
-        """The loss of every sample of a batch [samples]; `run` is the model, wrapped or not."""
+    def losses(self, run: nn.Module, batch: Batch, left: float) -> Tensor:
+        """The loss of every sample of a batch [samples], with a share `left` of the training to come.
+
+        `run` is the model, wrapped or not.
+        """
         told, inputs = self.told.says(batch), self.told.inputs(batch)
         said = Told.of(self.model, run(**inputs), batch, self.reference.readout)
         losses = told.divergence(said)
-        return losses + self.config.hidden * told.hidden_errors(said, batch) if self.config.hidden else losses
+        return losses + left * self.config.hidden * told.hidden_errors(said, batch) if said.hidden else losses
 
     def divergence(self) -> float:
         """That of the model from its teacher, on the held-out texts; the main process's counts on all of them."""
@@ -296,7 +303,8 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        return self.healing.losses(model.eval(), inputs).mean()  # without dropout
+        left = 1 - self.state.global_step / self.state.max_steps
+        return self.healing.losses(model.eval(), inputs, left).mean()  # without dropout
 
 
 class _Best(TrainerCallback):

@@ -55,13 +55,14 @@ class HealConfig:
     """How to heal: Adam on the factors alone, over texts without labels, with cosine decay to 0 after a warm-up.
 
     Args:
-        samples: training rows to learn from.
-        epochs: passes over them; a fraction is allowed.
+        samples: training rows to learn from; None for a third of all, but at least 2,048 and at most 4,096.
+        epochs: passes over them, in the same batches; a fraction is allowed.
         held_out: other training rows, on which the divergence from the teacher is measured.
         rates: learning rates that are tried, each from the start in a short training; the best one goes on.
         batch_size: rows of one step, over all processes.
         accumulate: parts of a step that are computed one after the other, where memory is short.
-        hidden: weight of the relative squared errors of the blocks' hidden states, beside the outputs' divergence.
+        hidden: weight of the relative squared errors of the blocks' hidden states, beside the outputs' divergence, in
+            the beginning; it falls to 0 in equal steps.
         patience: stop after so many measurements in a row that were no better than the best.
         seed: which rows, and their order.
         bf16: compute in bfloat16 where that is safe (autocast); factors and optimizer stay float32.
@@ -70,20 +71,21 @@ class HealConfig:
         LowRankError: a number is out of range.
     """
 
-    samples: int = 2048
-    epochs: float = 1
+    samples: int | None = None
+    epochs: float = 3
     held_out: int = 256
-    rates: tuple[float, ...] = (3e-5, 1e-4)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     batch_size: int = 32
     accumulate: int = 1
-    hidden: float = 0.1
+    hidden: float = 10.0
     patience: int = 3
     seed: int = 0
     bf16: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
-        counts = self.samples, self.held_out, self.batch_size, self.accumulate, self.patience
+        samples = 1 if self.samples is None else self.samples
+        counts = samples, self.held_out, self.batch_size, self.accumulate, self.patience
         if min(counts) < 1 or not 0 < self.epochs < math.inf or not 0 <= self.hidden < math.inf:
             raise LowRankError(
                 "samples, held_out, batch_size, accumulate and patience must be at least 1, epochs above 0 and hidden "

@@ -25,12 +25,19 @@ from hf_lowrank.tasks.texts import given_texts, texts_task
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.heal import heal
 from hf_lowrank.training.settings import HealConfig
-from hf_lowrank.training.told import Teacher
+from hf_lowrank.training.told import Teacher, Told
 from tests.helpers import bert_config, tiny_gpt2, tiny_t5
 from tests.launches import Job
 from tests.tiny_task import WORDS, tiny_tokenizer, write_cola
 
-FAST: dict[str, Any] = {"rates": (3e-3,), "batch_size": 8, "epochs": 4, "held_out": 16, "progress": False}
+FAST: dict[str, Any] = {
+    "rates": (3e-3,),
+    "batch_size": 8,
+    "epochs": 4,
+    "held_out": 16,
+    "hidden": 0.1,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -275,4 +282,25 @@ def test_one_text_is_too_few(tokenizer: Any) -> None:
     model.config.architectures = ["BertForSequenceClassification"]
     with pytest.raises(LowRankError, match="healing takes two texts at least"):
         heal(model, dense(), tokenizer, texts_task(given_texts(["w1"]), model.config), **FAST)
-    assert HealConfig().samples == 2048
+
+
+def test_a_third_of_the_texts_is_read_between_two_bounds(
+    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bounds, expected in (((4, 30), 20), ((30, 40), 30), ((4, 10), 10), ((2048, 4096), 44)):
+        monkeypatch.setattr(healing, "FEWEST", bounds[0])
+        monkeypatch.setattr(healing, "MOST", bounds[1])
+        assert len(healing._texts(tokenizer, get_task("cola"), data, dense(), HealConfig(held_out=16))[0]) == expected
+
+
+def test_the_hidden_states_weigh_less_the_nearer_the_end_is(tokenizer: Any) -> None:
+    batch = dict(tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt"))
+    model, teacher = low_rank(), dense()
+    reference = Reference(teacher, tokenizer, get_task("cola"), [])
+    begun = healing._Healing(model, teacher, {}, Dataset.from_dict({}), reference, dict, HealConfig(hidden=2), False)
+    first, half, last = (begun.losses(model, batch, left) for left in (1, 0.5, 0))
+    torch.testing.assert_close(first - half, half - last)
+    told = begun.told.says(batch)
+    said = Told.of(model, model(**begun.told.inputs(batch)), batch, None)
+    torch.testing.assert_close(last, told.divergence(said))
+    torch.testing.assert_close(first - last, 2 * told.hidden_errors(said, batch))
