@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.folder.tokenizers import stored_file
+from hf_lowrank.jobs.files import write_json
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.predictions import Readout
 
@@ -69,6 +70,16 @@ def copy_modules(model: PreTrainedModel, folder: Path) -> None:
     for path in paths:
         if (source / path).is_dir():  # older folders have none for what needs no settings
             shutil.copytree(source / path, folder / path, dirs_exist_ok=True)
+    _widen_at_loading(folder / "config.json")
+
+
+def _widen_at_loading(config: Path) -> None:
+    """compressed-tensors widens weights at a model's first call; sentence-transformers calls `forward` past that."""
+    known = json.loads(config.read_text(encoding="utf-8"))
+    quantization = known.get("quantization_config", {})
+    if quantization.get("quant_method") == "compressed-tensors":
+        quantization["dequantize"] = True
+        write_json(config, known)
 
 
 def read_sentences(name: str) -> Sentences | None:
