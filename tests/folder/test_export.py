@@ -104,8 +104,7 @@ def tiny_bart() -> BartForConditionalGeneration:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
-@pytest.mark.parametrize("int8", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize(("make", "int8"), [(tiny_t5, False), (tiny_bart, True)], ids=["float32", "int8"])
 def test_an_encoder_decoder_is_two_graphs(make: Callable[[], Any], int8: bool, tmp_path: Path) -> None:
     model = factorize(make())
     model.save_pretrained(tmp_path / "low")
