@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.folder.tokenizers import stored_file
-from hf_lowrank.jobs.files import write_json
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.predictions import Readout
 
@@ -56,6 +55,9 @@ def copy_modules(model: PreTrainedModel, folder: Path) -> None:
     """Write beside a saved model what makes a sentence-transformers folder of it, if it was loaded from one.
 
     Not of a model that got a head since: what follows the transformer there is for its hidden states.
+
+    Raises:
+        LowRankError: a dense model is packed by compressed-tensors.
     """
     source = _known(model.name_or_path) if model.name_or_path else None
     if source is None or source.resolve() == folder.resolve():
@@ -64,22 +66,23 @@ def copy_modules(model: PreTrainedModel, folder: Path) -> None:
     paths = [module["path"] for module in listed if module["path"]]
     if paths and model.base_model is not model:
         return
+    _refuse_packed_dense(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     for path in paths:
         if (source / path).is_dir():  # older folders have none for what needs no settings
             shutil.copytree(source / path, folder / path, dirs_exist_ok=True)
-    _widen_at_loading(folder / "config.json")
 
 
-def _widen_at_loading(config: Path) -> None:
-    """compressed-tensors widens weights at a model's first call; sentence-transformers calls `forward` past that."""
-    known = json.loads(config.read_text(encoding="utf-8"))
-    quantization = known.get("quantization_config", {})
-    if quantization.get("quant_method") == "compressed-tensors":
-        quantization["dequantize"] = True
-        write_json(config, known)
+def _refuse_packed_dense(config: dict[str, Any]) -> None:
+    """compressed-tensors widens at a first call, which sentence-transformers passes; low-rank models do it before."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") == "compressed-tensors" and not config.get("ranks"):
+        raise LowRankError(
+            "sentence-transformers cannot run a dense model that compressed-tensors has packed: compress it first, or "
+            "quantize it with --library torchao"
+        )
 
 
 def read_sentences(name: str) -> Sentences | None:

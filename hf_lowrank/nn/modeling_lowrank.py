@@ -93,6 +93,18 @@ class LowRankMixin(_ModelBase):
         self.init_weights()  # of the new layers; the rest is initialized, and on the meta device nothing happens
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; packed weights are widened now, and not at the first call.
+
+        sentence-transformers calls `forward` itself, past the hook by which compressed-tensors would do it.
+        """
+        loaded: Any = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what is told of the loading
+        if hasattr(model, "ct_decompress_hook"):
+            model.hf_quantizer.compressor.decompress_model(model)
+        return loaded
+
+    @classmethod
     def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
         """As `PreTrainedModel.get_init_context`, for `from_pretrained`, and without drawing random weights.
 

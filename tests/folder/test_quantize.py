@@ -305,12 +305,14 @@ def test_a_quantized_folder_of_sentence_transformers_keeps_its_neighbours(tmp_pa
     pipeline.compress(rank_ratio=0.5)
     pipeline.save(tmp_path / "small")
     quantize_folder(tmp_path / "small", tmp_path / "small8", Quantization(8))
-    found, whole = (
-        SentenceTransformer(str(tmp_path / name), device="cpu").encode(texts) for name in ("small8", "small")
-    )
+    folders = (tmp_path / "small8", tmp_path / "small")
+    found, whole = (SentenceTransformer(str(folder), device="cpu").encode(texts) for folder in folders)
     assert not np.array_equal(found, whole)
     assert ((found * whole).sum(axis=1) > 0.999).all()
     assert shared_neighbours(whole, found, 3) > 95
+    with pytest.raises(LowRankError, match="cannot run a dense model that compressed-tensors has packed: compress it"):
+        quantize_folder(tmp_path / "dense", tmp_path / "dense8", Quantization(8))
+    assert not (tmp_path / "dense8").exists()
     np.save(tmp_path / "expected.npy", found)
     code = f"""
 import sys
