@@ -6,31 +6,26 @@ Each form is written as a folder of compressed-tensors and loaded again; as grap
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
-from benchmarks.harness import Lines, Options, Result, Row, alternate, mean_of, ratio
+from benchmarks.bytes_picture import bytes_figure
+from benchmarks.harness import Lines, Options, Result, Row, mean_of
 from hf_lowrank import CompressionConfig, Statistics
 from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
-from hf_lowrank.folder.export import example_inputs, export_onnx
-from hf_lowrank.folder.export_int8 import quantize_onnx
 from hf_lowrank.folder.loading import load_model
-from hf_lowrank.folder.onnx_runtime import OnnxModel
 from hf_lowrank.folder.quantize import quantize_
 from hf_lowrank.folder.quantizers import Quantization
-from hf_lowrank.folder.style import BLACK, BLUE, GREEN, PURPLE, VERMILLION, new_figure, save_png, styled
+from hf_lowrank.folder.style import save_png
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
-BATCH = (32, 128)  # sequences × tokens that are timed
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "33%": {"rank_ratio": 0.33},
@@ -44,14 +39,6 @@ MODELS: dict[str, dict[str, Any]] = {
 CHOSEN, NEAREST = "chosen by layer", "int4, to the nearest"
 FORMS = ("float32", "int8", "int4")
 TO_NEAREST = ("dense", "10%")  # the models that are rounded so too
-GRAPHS = ("float32, ONNX Runtime", "int8, ONNX Runtime")
-LOOKS = {
-    CHOSEN: (PURPLE, "*"),
-    "float32": (BLACK, "o"),
-    "int8": (BLUE, "s"),
-    "int4": (VERMILLION, "^"),
-    "int8, ONNX Runtime": (GREEN, "D"),
-}
 
 
 def run(options: Options) -> Result:
@@ -59,20 +46,6 @@ def run(options: Options) -> Result:
     study = Study.begin(options)
     for name in MODELS:
         study.measure(name)
-    return study.result()
-
-
-def run_graphs(options: Options) -> Result:
-    """Graphs of the models that have one rank ratio: score in int8, and speed."""
-    study = Study.begin(options)
-    with tempfile.TemporaryDirectory() as scratch:
-        graphs = {key: graph for name in MODELS for key, graph in study.graphs(name, Path(scratch))}
-        inputs = example_inputs(study.pipeline.model.config, BATCH)
-        seconds = alternate({key: _call(graph, inputs) for key, graph in graphs.items()}, options.rounds)
-        for key, own in seconds.items():
-            speed = ratio(seconds["dense", GRAPHS[0]], own).values
-            megabytes = graphs[key].path.stat().st_size / 1e6
-            study.add(*key, megabytes, study.scored(graphs[key]), speed=speed)
     return study.result()
 
 
@@ -118,13 +91,11 @@ class Study:
                 far = self.reference.divergence(stored, progress=False).mean
                 self.add(name, form, weights_bytes(Path(folder)) / 1e6, self.scored(stored), divergence=far)
 
-    def add(
-        self, model: str, bits: str, megabytes: float, score: float, divergence: float | None = None, **more: Any
-    ) -> None:
+    def add(self, model: str, bits: str, megabytes: float, score: float, **more: Any) -> None:
         """Note what was measured of a form."""
         task = self.pipeline.reading[1].name
         known = {"task": task, "seed": self.seed, "model": model, "bits": bits, "megabytes": round(megabytes, 2)}
-        self.lines.add(**known, score=score, divergence=divergence, **more)
+        self.lines.add(**known, score=score, **more)
 
     def made(self, name: str) -> Any:
         """The model itself, or a copy compressed."""
@@ -138,19 +109,6 @@ class Study:
         """On the whole validation set."""
         return evaluate_splits(model, *self.pipeline.reading, self.pipeline.validation, progress=False)["score"]
 
-    def graphs(self, name: str, scratch: Path) -> Iterator[tuple[tuple[str, str], OnnxModel]]:
-        """A model's two graphs, with one thread."""
-        if "bytes" in MODELS[name]:
-            return
-        folder = scratch / name
-        self.made(name).save_pretrained(folder)
-        self.pipeline.reading[0].save_pretrained(folder)
-        exact, rounded = folder.with_suffix(".f32.onnx"), folder.with_suffix(".int8.onnx")
-        export_onnx(folder, exact)
-        quantize_onnx(exact, rounded, self.pipeline.model.config)
-        for bits, path in zip(GRAPHS, (exact, rounded), strict=True):
-            yield (name, bits), OnnxModel(path, self.pipeline.model.config, threads=1)
-
     def result(self) -> Result:
         """The table of all seeds, and its picture beside the JSON."""
         rows = self.lines.rows()
@@ -163,8 +121,7 @@ class Study:
             [
                 "No fine-tuning, whole validation set; mean and standard error over seeds. int8 and int4: folders of "
                 "weights, rounded with the moments of kfac, computed in float32 after widening; what is not quantized "
-                "is in float16. Divergence: from the dense model, in nats. Speed: ONNX Runtime, one thread, "
-                f"{BATCH[0]} × {BATCH[1]} tokens, against dense float32."
+                "is in float16. Divergence: from the dense model, in nats. Graphs and their speed: `graphs`."
             ],
             {"model": self.name, "rows": rows},
         )
@@ -197,10 +154,6 @@ def remembering(model: Any) -> Any:
     return model
 
 
-def _call(graph: OnnxModel, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
-    return lambda: graph(**inputs)
-
-
 def _row(model: str, bits: str, rows: list[dict[str, Any]]) -> Row:
     """The figures of all seeds."""
     speeds = [value for row in rows for value in row.get("speed", ())]
@@ -213,28 +166,3 @@ def _row(model: str, bits: str, rows: list[dict[str, Any]]) -> Row:
         "divergence": mean_of(divergences, 4) if divergences else "",
         "speed": f"{sorted(speeds)[len(speeds) // 2]:.2f} ({min(speeds):.2f}–{max(speeds):.2f})" if speeds else "",
     }
-
-
-@styled
-def bytes_figure(rows: list[dict[str, Any]]) -> Figure:
-    """Score against megabytes, one mark for each form; the dense model's are hollow."""
-    figure = new_figure()
-    axes = figure.subplots()
-    for bits, (color, marker) in LOOKS.items():
-        for dense in (True, False):
-            of = sorted(
-                (row["megabytes"], row["score"])
-                for row in rows
-                if row["bits"] == bits and (row["model"] == "dense") == dense
-            )
-            look = {"color": color, "marker": marker, "linestyle": "none" if dense else "-"}
-            face = {"markerfacecolor": "none"} if dense else {"label": f"low rank, {bits}"}
-            if of:
-                axes.plot(*zip(*of, strict=True), **look, **face)
-    axes.set_xscale("log")
-    axes.set_xticks([5, 10, 20, 40, 80], ["5", "10", "20", "40", "80"])
-    axes.minorticks_off()
-    axes.set_xlabel("megabytes of weights (hollow: the dense model)")
-    axes.set_ylabel("score")
-    axes.legend()
-    return figure

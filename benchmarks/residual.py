@@ -2,94 +2,114 @@
 
 Dettmers & Zettlemoyer (2023) call Q(W) + U D a rounded model with adapters; LQER (Zhang et al., 2024), CALDERA (Saha et
 al., 2024) and EoRA (Liu et al., 2024) find U D in closed form. Here both forms minimise the same objective, that of
-kfac. Rounding is simulated: weights take the values that they would have.
+kfac, in rounding as well, and biases make up for the mean. Weights take the values that they would have.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Options, Result, Row
-from hf_lowrank import CompressionConfig, compress
+from hf_lowrank import CompressionConfig
 from hf_lowrank.allocation.stored import group_of
+from hf_lowrank.compression.codes import coded, solver_for_codes
+from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.packing import rounded
 from hf_lowrank.model.targets import find_targets
+from hf_lowrank.nn.layers_lowrank import LowRankLinear
 from hf_lowrank.pipeline import Pipeline
-from hf_lowrank.solvers import get_method
+from hf_lowrank.solvers.rounded_factors import Grids, round_factors, round_weight
+from hf_lowrank.solvers.rounding import Grid
+from hf_lowrank.statistics import Statistics
+from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
 BASES = (2, 3, 4)  # bits of Q(W)
-RANKS = (8, 32)  # of U D, in 8 bits
+RANKS = (0, 8, 32)  # of U D, in 8 bits
+COMPARED = 512  # validation rows on which predictions are compared
 
 
 def run(options: Options) -> Result:
-    """Scores of both forms, the sum at each base and rank, low rank of 4 bits at as many bytes."""
+    """Both forms: the sum at each base and rank, low rank of 4 bits at as many bytes."""
     if options.model is None or options.task is None:
         raise LowRankError("residual needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
-    statistics = pipeline.measure(CompressionConfig().needs)
-    means = {name: {k: statistics.mean(k, name) for k in statistics.kinds} for name in find_targets(pipeline.model)}
-    rows = [_row("dense", None, pipeline)]
+    statistics = pipeline.statistics(CompressionConfig())
+    assert statistics is not None
+    solver = solver_for_codes(pipeline.model, "kfac", statistics)
+    row = _rows(pipeline)
+    rows = [row("dense", None, pipeline.model)]
     for bits in BASES:
-        for rank in (0, *RANKS):
+        for rank in RANKS:
             model = copy.deepcopy(pipeline.model)
-            size = sum(_corrected(model.get_submodule(name), means[name], bits, rank) for name in means)
-            rows.append(_row(f"{bits} bits + rank {rank}", size, pipeline, model))
-            rows.append(_row("low rank, 4 bits", size, pipeline, _low_rank(pipeline, statistics, size)))
+            size = sum(_corrected(name, model.get_submodule(name), solver, bits, rank) for name in solver.targets)
+            rows.append(row(f"{bits} bits + rank {rank}", size, model))
+            rows.append(row("low rank, 4 bits", size, _low_rank(pipeline, statistics, size)))
     return Result(
         f"Q(W) + U D against low rank at equal bytes, {Path(options.model).name}",
         rows,
-        ["Whole validation set, no fine-tuning. MB are of the linear layers of the blocks, scales included."],
+        ["Score on the whole validation set, divergence on the first 512 rows, no fine-tuning. MB: of linear layers."],
     )
 
 
+def _rows(pipeline: Pipeline) -> Callable[[str, float | None, nn.Module], Row]:
+    """What makes a row of a form: its megabytes, its score, and how far its predictions are from the dense model's."""
+    compared = [rows.select(range(min(COMPARED, len(rows)))) for rows in pipeline.validation]
+    reference = Reference(pipeline.model, *pipeline.reading, compared)
+
+    def row(form: str, size: float | None, model: Any) -> Row:
+        score = evaluate_splits(model, *pipeline.reading, pipeline.validation, progress=False)["score"]
+        far = reference.divergence(model, progress=False)
+        megabytes = "" if size is None else f"{size / 1e6:.2f}"
+        return {"form": form, "MB": megabytes, "score": f"{score:.2f}", far.measure: f"{far.mean:.4f}"}
+
+    return row
+
+
 @torch.no_grad()
-def _corrected(linear: nn.Linear, means: dict[str, Tensor], bits: int, rank: int) -> float:
+def _corrected(name: str, linear: Any, solver: LayerSolver, bits: int, rank: int) -> float:
     """Round a layer and add the best correction of a rank, in place; returns its bytes."""
-    weight = linear.weight.float()
-    base = rounded(weight, bits)
+    weight, sides = linear.weight.double(), solver.sides(name, linear.weight.device)
+    changed = round_weight(weight, sides, _grid(weight, bits)).weight()
     size = _bytes(weight, bits)
     if rank:
-        factors = get_method("kfac").objective(means).factorize(weight - base, rank).balanced()
-        up, down = (factor.float().contiguous() for factor in (factors.up, factors.down))
-        base = base + rounded(up, 8) @ rounded(down, 8)
-        size += _bytes(up, 8) + _bytes(down, 8)
-    linear.weight.copy_(base)
+        lost = sides.factorize(weight - changed, rank)
+        factors = round_factors(lost, sides, Grids(Grid(8), Grid(8))).factors
+        changed = changed + factors.product()
+        size += _bytes(factors.up, 8) + _bytes(factors.down, 8)
+    mean = solver.mean_input(name)
+    if mean is not None:
+        linear.bias.add_(((weight - changed) @ mean).to(linear.bias))
+    linear.weight.copy_(changed)
     return size
 
 
 @torch.no_grad()
-def _low_rank(pipeline: Pipeline, statistics: object, size: float) -> nn.Module:
+def _low_rank(pipeline: Pipeline, statistics: Statistics, size: float) -> nn.Module:
     """The model at ranks whose factors have this many bytes in 4 bits, rounded."""
-    dense = sum(linear.weight.numel() for linear in _linears(pipeline.model))
-    keep = min(1.0, size / (dense * (4 + 16 / 32) / 8))
-    config = CompressionConfig(keep=keep, align=32)
-    model, _ = compress(copy.deepcopy(pipeline.model), config, statistics, progress=False)
-    for layer in model.factorized_layers().values():
-        for factor in layer.linear_factors():
-            factor.weight.copy_(rounded(factor.weight, 4))
-    for linear in _linears(model):
-        linear.weight.copy_(rounded(linear.weight, 4))
+    dense = sum(target.module.weight.numel() for target in find_targets(pipeline.model).values())
+    candidate = pipeline.candidate()
+    candidate.compress(CompressionConfig(keep=min(1.0, size / (dense * (4 + 16 / 32) / 8)), align=32), statistics)
+    model: Any = candidate.model
+    solver = solver_for_codes(model, "kfac", statistics)
+    parts = [
+        (f"{name}.{part}" if part else name)
+        for name in solver.targets
+        for part in (("up", "down") if isinstance(model.get_submodule(name), LowRankLinear) else ("",))
+    ]
+    grids = {name: _grid(model.get_submodule(name).weight, 4) for name in parts}
+    for name, rounded in coded(model, solver, grids).items():
+        model.get_submodule(name).weight.copy_(rounded.weight())
     return model
 
 
-def _linears(model: nn.Module) -> Iterator[nn.Linear]:
-    """Those that are targets and dense."""
-    try:
-        names = [*find_targets(model)]
-    except LowRankError:
-        return
-    yield from (layer for name in names if type(layer := model.get_submodule(name)) is nn.Linear)
+def _grid(weight: Tensor, bits: int) -> Grid:
+    return Grid(bits, group_of(weight.shape[1], bits), clipped=True)
 
 
 def _bytes(weight: Tensor, bits: int) -> float:
     return weight.numel() * bits / 8 + weight.numel() / (group_of(weight.shape[1], bits) or weight.shape[1]) * 2
-
-
-def _row(form: str, size: float | None, pipeline: Pipeline, model: nn.Module | None = None) -> Row:
-    score = evaluate_splits(model or pipeline.model, *pipeline.reading, pipeline.validation, progress=False)["score"]
-    return {"form": form, "MB": "" if size is None else f"{size / 1e6:.2f}", "score": f"{score:.2f}"}
