@@ -28,8 +28,10 @@ from benchmarks.harness import Options, Result, Row
 from hf_lowrank import Pipeline
 from hf_lowrank.jobs.progress import bar
 
+RATE = 2e-3
 METHODS = ("svd", "fwsvd", "kfac")
 RANK_RATIO, SEED = 0.33, 0
+SPREAD = 0.1  # of untrained weights; the 0.02 of wide models is too little at this width
 WORDS, TOPICS, TOPIC_WORDS = 200, 10, 20
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TRAINING, VALIDATION = 4000, 500
@@ -89,7 +91,7 @@ def scores(name: str, folder: Path) -> Record:
 
 def _trained(folder: Path, name: str, epochs: int) -> Pipeline:
     pipeline = Pipeline.load(str(folder / "random"), name, folder / "data", progress=False)
-    pipeline.finetune(epochs=epochs, learning_rate=1e-3, seed=SEED, score=False)
+    pipeline.finetune(epochs=epochs, learning_rate=RATE, seed=SEED, score=False)
     return pipeline
 
 
@@ -134,13 +136,19 @@ def language(case: Case) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]
 def vision() -> tuple[PreTrainedModel, ViTImageProcessor, int]:
     """A ViT for images of 8 × 8 pixels in patches of 2 × 2."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = ViTConfig(**sizes, image_size=8, patch_size=2, num_labels=10)
+    config = ViTConfig(**sizes, image_size=8, patch_size=2, num_labels=10, initializer_range=SPREAD)
     return ViTForImageClassification(config), ViTImageProcessor(size={"height": 8, "width": 8}), 15
 
 
 def _bert() -> BertConfig:
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertConfig(vocab_size=WORDS + len(SPECIAL), max_position_embeddings=64, **sizes)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    sizes |= {"vocab_size": WORDS + len(SPECIAL), "max_position_embeddings": 64}
+    return BertConfig(**sizes, initializer_range=SPREAD, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
 def _classifier() -> PreTrainedModel:
@@ -152,31 +160,37 @@ def _classifier() -> PreTrainedModel:
 def _bart() -> PreTrainedModel:
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
     sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in SIDE.items()}
-    config = BartConfig(vocab_size=WORDS + len(SPECIAL), d_model=64, max_position_embeddings=64, **sides, **tokens)
+    config = BartConfig(
+        vocab_size=WORDS + len(SPECIAL),
+        d_model=64,
+        max_position_embeddings=64,
+        init_std=SPREAD,
+        dropout=0.0,
+        **sides,
+        **tokens,
+    )
     return BartForConditionalGeneration(config)
 
 
-SIDE = {"layers": 2, "ffn_dim": 256, "attention_heads": 4}
+SIDE: dict[str, Any] = {"layers": 2, "ffn_dim": 256, "attention_heads": 4}
 
 
 def _chain(generator: np.random.Generator) -> Record:
-    """A text that goes on within its topic: the word behind another is one of two."""
-    topic, place = generator.integers(TOPICS), generator.integers(TOPIC_WORDS)
-    words = []
-    for step in generator.integers(1, 3, size=12):
-        words.append(f"w{topic * TOPIC_WORDS + place}")
-        place = (place + step) % TOPIC_WORDS
-    return {"text": " ".join(words)}
+    """A text of one topic, whose words come in its order but for one in ten, which is any word."""
+    topic = generator.integers(TOPICS)
+    words = topic * TOPIC_WORDS + np.arange(12)
+    odd = generator.random(12) < 0.1
+    words[odd] = generator.integers(WORDS, size=odd.sum())
+    return {"text": " ".join(f"w{word}" for word in words)}
 
 
 def _fact(generator: np.random.Generator) -> Record:
-    """A list of things with a property each; the question asks for that of one."""
-    things = generator.permutation(TOPIC_WORDS)[:6]
-    words = [f"w{word}" for thing in things for word in (thing, generator.integers(TOPIC_WORDS, WORDS))]
-    asked = 2 * int(generator.integers(6))
-    start = len(" ".join([*words[: asked + 1], ""]))
-    answers = {"text": [words[asked + 1]], "answer_start": [start]}
-    return {"question": words[asked], "context": " ".join(words), "answers": answers}
+    """A list of things of all kinds but the first; the question names the kind of the one that is the answer."""
+    kinds = generator.permutation(np.arange(1, TOPICS))
+    words = [f"w{kind * TOPIC_WORDS + generator.integers(TOPIC_WORDS)}" for kind in kinds]
+    place = int(generator.integers(len(words)))
+    answers = {"text": [words[place]], "answer_start": [len(" ".join([*words[:place], ""]))]}
+    return {"question": f"w{kinds[place]}", "context": " ".join(words), "answers": answers}
 
 
 def _mixture(generator: np.random.Generator) -> Record:
@@ -188,16 +202,15 @@ def _mixture(generator: np.random.Generator) -> Record:
 
 
 def _translation(generator: np.random.Generator) -> Record:
-    """The other language has another word for each, from the second half of the words."""
-    half = WORDS // 2
-    words = generator.integers(half, size=generator.integers(3, 9))
-    texts = [" ".join(f"w{word + shift}" for word in words) for shift in (0, half)]
+    """The other language has another word for each of forty."""
+    words = generator.integers(40, size=generator.integers(3, 7))
+    texts = [" ".join(f"w{word + shift}" for word in words) for shift in (0, 100)]
     return dict(zip(("source", "target"), texts, strict=True))
 
 
 CASES = {
-    "fill-mask": Case(_chain, lambda: BertForMaskedLM(_bert()), 8),
-    "question-answering": Case(_fact, lambda: BertForQuestionAnswering(_bert()), 12),
-    "multi-label": Case(_mixture, _classifier, 3),
-    "translation": Case(_translation, _bart, 12),
+    "fill-mask": Case(_chain, lambda: BertForMaskedLM(_bert()), 6),
+    "question-answering": Case(_fact, lambda: BertForQuestionAnswering(_bert()), 8),
+    "multi-label": Case(_mixture, _classifier, 6),
+    "translation": Case(_translation, _bart, 10),
 }

@@ -136,12 +136,18 @@ def mean_pooled(outputs: Any, batch: dict[str, Any]) -> Tensor:
 
 def unlabelled(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch without its `TARGETS`, but for labels that a decoder reads, shifted, as its own inputs."""
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in TARGETS}
+    inputs: dict[str, Any] = {key: value for key, value in in_own_dtype(model, batch).items() if key not in TARGETS}
     labels: Any = batch.get("labels")
     shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if getattr(model.config, "is_encoder_decoder", False) and shifted and _are_classes(labels) and labels.ndim == 2:
         inputs.setdefault("decoder_input_ids", shifted(labels=labels))
     return inputs
+
+
+def in_own_dtype(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose images are of the model's dtype, which not every model makes of them itself."""
+    pixels, dtype = batch.get("pixel_values"), getattr(model, "dtype", None)
+    return {**batch, "pixel_values": pixels.to(dtype)} if isinstance(pixels, Tensor) and dtype else batch
 
 
 def span_logits(outputs: Any, batch: dict[str, Any]) -> Tensor | None:

@@ -8,7 +8,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.predictions import IGNORED, SPAN, UNKNOWN, UNKNOWN_NUMBER, is_causal, span_logits, unlabelled
+from hf_lowrank.model.predictions import (
+    IGNORED,
+    SPAN,
+    UNKNOWN,
+    UNKNOWN_NUMBER,
+    in_own_dtype,
+    is_causal,
+    span_logits,
+    unlabelled,
+)
 from hf_lowrank.statistics.batches import Batch, batch_size
 
 SampleLosses = Callable[[PreTrainedModel, Batch], Tensor]
@@ -24,7 +33,7 @@ def own_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     Raises:
         LowRankError: the model returned no loss, because the batch has no labels for it.
     """
-    outputs = model(**batch)
+    outputs = model(**in_own_dtype(model, batch))
     loss = getattr(outputs, "loss", None)
     if loss is not None and all(key in batch for key in SPAN) and (logits := span_logits(outputs, batch)) is not None:
         return _span_losses(logits, batch)

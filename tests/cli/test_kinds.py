@@ -1,5 +1,6 @@
 """Every kind of task through the commands: trained, compressed, scored again, and a card that says what it is."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_lowrank import LowRankError
+from hf_lowrank import LowRankError, Statistics, compute_statistics
 from hf_lowrank.folder.loading import load_model
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.tasks import encode, get_task, load_split
 from hf_lowrank.tasks.calibration import calibration_loader
+from tests.jobs.test_distributed import assert_equal_up_to_order
+from tests.launches import Job, hf_lowrank
 from tests.tasks.test_kinds import MODELS, masking_tokenizer, written
 from tests.tiny_task import run
 
@@ -117,3 +121,32 @@ def test_models_with_another_head_are_refused_in_a_line(
     code, _, err = run(monkeypatch, capfd, "compress", model, *given)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_images_are_read_in_half_precision_by_models_that_do_not_convert_them(labels: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 2}
+    model = SwinForImageClassification(SwinConfig(**sizes)).eval()
+    batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 0, 1])}
+    whole, half = (
+        compute_statistics(each, [batch], ["fisher_rows"], labels=labels, progress=False).mean("fisher_rows", name)
+        for each in (model, copy.deepcopy(model).bfloat16())
+        for name in list(find_targets(model))[-1:]
+    )
+    torch.testing.assert_close(half, whole, rtol=0.2, atol=0.1 * float(whole.max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["question-answering", "image-classification"])
+def test_two_processes_measure_what_one_does(name: str, tmp_path: Path) -> None:
+    """Windows of questions and images are shared, and signs are those of a sample, wherever it is."""
+    model, data = write_model(tmp_path / "model", name), write_data(tmp_path / "data", name)
+    words = ["statistics", model, "--task", name, "--data-dir", data, "--labels", "model", "--kind", "fisher"]
+    words += ["--max-length", 16] if name == "question-answering" else []
+    for processes in (1, 2):
+        output = tmp_path / f"on-{processes}"
+        Job(tmp_path / "job", hf_lowrank, *words, "--output", output, "--resume", processes=processes).done()
+    one, two = (Statistics.load(tmp_path / f"on-{processes}") for processes in (1, 2))
+    assert one.samples > (9 if name == "question-answering" else 5)
+    assert_equal_up_to_order(two, one)

@@ -19,12 +19,13 @@ from transformers import (
 
 from hf_lowrank import LowRankError, compute_fisher, compute_statistics
 from hf_lowrank.jobs.progress import say_once
-from hf_lowrank.model.predictions import TARGETS
+from hf_lowrank.model.predictions import TARGETS, divergences, predict
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.tasks import Task, collator, encode, get_task, load_split, load_validation, sequences
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.tasks.metrics import squad
 from hf_lowrank.tasks.questions import answers_of, best_spans
+from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate, predict_rows, score_predictions
 from hf_lowrank.training.readers import Predictions
 from tests.helpers import bert_config, modules_of, tiny_bert
@@ -324,3 +325,20 @@ def test_a_written_text_is_scored_by_rouge_or_by_its_perplexity(
     assert (bare.score, scored["tokens"]) == ("perplexity", sum(len(row["labels"]) for row in rows))
     batch = collator(bare, tokenizer)([rows[0]])
     assert found.losses[0] == pytest.approx(float(model(**batch).loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["question-answering", "multi-label", "summarization"])
+def test_a_teacher_s_predictions_are_learnt_of_every_head(tmp_path: Path, name: str) -> None:
+    task, teacher = task_and_model(tmp_path, name)
+    (batch,) = calibration_loader(teacher, masking_tokenizer(), task, tmp_path, batch_size=64)
+    torch.manual_seed(1)
+    student, one = MODELS[name](), torch.ones(())
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+        learning = Distillation(teacher, temperature=1.0, logits=1.0, hidden=0.0)
+        assert float(learning.loss(one, teacher(**batch), batch)) == pytest.approx(0, abs=1e-6)
+        told, said = (predict(model, batch) for model in (teacher, student))
+        expected = float(divergences(told, said).mean())
+        assert expected > 0
+        assert float(learning.loss(one, student(**batch), batch)) == pytest.approx(expected, rel=1e-4)

@@ -72,7 +72,7 @@ class Evaluator:
         self._penalty, self._penalties, self._losses = self._penalty_of(dense), self._jackknife(dense), _losses(dense)
         score_error = _jackknife_error(self._penalties) * (self._score(dense) if task.lower_is_better else 1.0)
         samples = sum(map(len, self.splits))
-        self.curvature = curvature_of(task, dense, float(self._losses.mean()))
+        self.curvature = curvature_of(task, dense, float(self._losses.mean()), self.splits)
         self.dense = Baseline(self._score(dense), score_error, float(self._losses.mean()), samples)
 
     def measure(self) -> Measurement:
@@ -107,8 +107,10 @@ class Evaluator:
         return np.array([self._penalty_of([_without(split, k, groups) for split in outputs]) for k in range(groups)])
 
 
-def curvature_of(task: Task, dense: Sequence[Predictions], loss: float) -> float:
-    """`curvature_per_fisher` of a task, by the dense model's predictions and mean loss."""
+def curvature_of(task: Task, dense: Sequence[Predictions], loss: float, splits: Sequence[Dataset] = ()) -> float:
+    """`curvature_per_fisher` of a task, by the dense model's predictions and mean loss on encoded splits."""
+    if task.kind == "seq2seq":
+        return float(np.mean([len(labels) for rows in splits for labels in rows["labels"]]))
     several = task.kind in ("causal_lm", "token_classification", "masked_lm")
     each = {"question_answering": 2.0, "multi_label": float(len(task.label_names))}  # two marks, a yes or no for each
     labels = float(np.mean([len(row) for split in dense for row in split.predicted])) if several else 0.0
