@@ -14,7 +14,7 @@ import torch
 from benchmarks.bytes_picture import bytes_figure
 from benchmarks.harness import Lines, Options, Result, Row, mean_of
 from hf_lowrank import CompressionConfig, Statistics
-from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
+from hf_lowrank.compression.codes import solver_for_codes
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.loading import load_model
@@ -64,19 +64,15 @@ class Study:
         """That of a real model and its task."""
         if options.model is None or options.task is None:
             raise LowRankError("bytes needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
-        rest: Any = {"seed": options.seed, "progress": False}
+        rest: Any = {"seed": options.seed, "progress": False, "quantization": Quantization()}
         return cls(options, Pipeline.load(options.model, options.task, options.data_dir, **rest))
 
     @functools.cached_property
     def statistics(self) -> Statistics:
-        """Of all layers that any of the models rounds, measured once for each seed."""
-        folder = self.output / f"{self.name}_{self.seed}.statistics"
-        if not folder.exists():
-            config = CompressionConfig()
-            names = measured_to_round(self.pipeline.model, config)
-            labels = self.pipeline.labels_for(config)
-            self.pipeline.measure(config.needs, include=names, labels=labels).save(folder)
-        return Statistics.load(folder)
+        """Of all layers that any of the models rounds, measured once."""
+        measured = self.pipeline.statistics(CompressionConfig())
+        assert measured is not None
+        return measured
 
     def measure(self, name: str) -> None:
         """The forms of one of `MODELS` that are not known yet."""
