@@ -8,16 +8,17 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_lowrank.allocation import Profile, Ranks, Spectrum, allocate, check_budget
+from hf_lowrank.allocation import Profile, Ranks, allocate, check_budget
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.directions import PARTS, Directions
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
-from hf_lowrank.compression.sequential import behind_each_other, check_sequential, prefix_of
+from hf_lowrank.compression.sequential import behind_each_other, check_sequential, is_wanted, prefix_of
 from hf_lowrank.compression.solution import LayerSolver, kept_report
 from hf_lowrank.compression.stored import choose_stored
 from hf_lowrank.compression.uses import layers_for
+from hf_lowrank.compression.weighing import Weighing, weighing_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
@@ -43,11 +44,14 @@ def compress(
     work: Work | None = None,
     batches: Iterable[Batch] | Marks | None = None,
     labels: str | Labels | None = None,
+    weighing: Weighing | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
 
-    Peak memory is the model, the statistics and one layer's workspace. All input is checked before anything is edited;
-    should it be interrupted all the same, the model is whole, with some of its layers still dense.
+    Peak memory is the model, the statistics and one layer's workspace. Every layer is decomposed once, for its rank and
+    its factors; what is kept in between, at most the weights in float32, is in memory too without `work`. All input is
+    checked before anything is edited; should it be interrupted all the same, the model is whole, with some of its
+    layers still dense.
 
     A model that was compressed before is compressed further: the factors of a layer are multiplied out, one layer at a
     time, and factorized again at a smaller rank, or stay as they are. Budgets and the report count against the dense
@@ -65,6 +69,7 @@ def compress(
             the default method makes where they are given (see `CompressionConfig.sequential`). As `Marks`, which
             measuring the statistics took note of, they need not be run once more to find their active tokens.
         labels: whose labels the losses of `batches` are by, as in `compute_statistics`; None for the statistics' own.
+        weighing: of this very model by `weighing_for`, for several budgets of it; None makes one.
 
     Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
     DistributedDataParallel is taken out of it.
@@ -85,13 +90,14 @@ def compress(
         raise LowRankError("sequential factors need the samples once more: give `batches`, those of the statistics")
     now = model.num_parameters()
     left = unreached(targets, statistics)
-    spectrum = _divided_spectra(solver, progress, work)
+    one_shot = not is_wanted(model, targets, config, batches is not None)
+    weighing = weighing or weighing_for(solver, config, work, progress, keep="once" if one_shot else "never")
 
     def decide() -> Ranks:
         weighed = {name: target for name, target in targets.items() if name not in left}
         layers = layers_for(config.budget, model, weighed)
         latency = latency_for(config.budget, weighed, layers)
-        rest: Any = (config.budget, config.spread, spectrum, profile, config.form, before - now, latency)
+        rest: Any = (config.budget, config.spread, weighing.spectrum, profile, config.form, before - now, latency)
         return allocate(layers, before, *rest)
 
     bits: dict[str, int] = {}
@@ -114,7 +120,7 @@ def compress(
         model = to_low_rank_class(model)
     except ValueError as error:  # of a class that could not be found again when the saved model is loaded
         raise LowRankError(str(error)) from error
-    layers, directions = _replace_layers(model, solver, ranks, config, progress, work, prefix)
+    layers, directions = _replace_layers(model, solver, ranks, config, progress, work, prefix, weighing)
     layers |= {name: replace(layers[name], note="no sample reached it") for name in left}
     described = {}
     if statistics is not None and config.needs:
@@ -214,6 +220,7 @@ def _replace_layers(
     progress: bool,
     work: Work | None,
     prefix: Prefix | None,
+    weighing: Weighing,
 ) -> tuple[dict[str, LayerReport], dict[str, Directions]]:
     """Put factors in the place of every layer that has a rank; each process solves its share.
 
@@ -222,7 +229,7 @@ def _replace_layers(
     targets, directions = solver.targets, dict[str, Directions]()
     layers = {name: kept_report(targets[name]) for name, rank in ranks.items() if rank is None}
     costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
-    kept = work.store("factors") if work is not None else None
+    kept, holders = work.store("factors") if work is not None else None, weighing.holders()
     steps: Iterable[tuple[LayerSolver, Sequence[str]]]
     steps = [(solver, [*costs])] if prefix is None else behind_each_other(prefix, solver, costs, kept)
 
@@ -230,10 +237,11 @@ def _replace_layers(
         for step_solver, names in steps:
 
             def solve(name: str, solver: LayerSolver = step_solver) -> Result:
-                low_rank, layer, found = solver.low_rank(name, ranks[name] or 1)
+                known = weighing.decomposition(name) if prefix is None else None
+                low_rank, layer, found = solver.low_rank(name, ranks[name] or 1, known)
                 return stored_parts(low_rank) | (vars(found) if found else {}), asdict(layer)
 
-            for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept):
+            for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept, holders):
                 low_rank = placed_like(targets.pop(name).module, factors)  # and the dense layer can be freed
                 replace_module(model, name, low_rank)
                 layers[name] = LayerReport.from_dict(facts)
@@ -250,23 +258,6 @@ def _replace_layers(
                 layers[name] = replace(layers[name], parameters_after=changed.num_parameters())
                 directions.pop(name, None)  # they are of plain factors
     return layers, directions
-
-
-def _divided_spectra(solver: LayerSolver, progress: bool, work: Work | None) -> Spectrum:
-    """Spectra by name: those of all layers, divided among the processes, when the first one is asked for."""
-    costs = {name: estimated_cost(target.shape) for name, target in solver.targets.items()}
-    known: dict[str, list[float]] = {}
-
-    def spectrum(name: str) -> list[float]:
-        if not known:
-            with bar("weighing", len(costs), "layers", progress) as shown:
-                kept = work.store("spectra") if work is not None else None
-                for each, (tensors, _) in divided(costs, lambda name: ({"spectrum": solver.spectrum(name)}, {}), kept):
-                    known[each] = tensors["spectrum"].tolist()
-                    shown.update()
-        return known[name]
-
-    return spectrum
 
 
 def _decided(decide: Callable[[], Any], work: Work | None) -> Any:

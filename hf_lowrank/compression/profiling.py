@@ -56,8 +56,9 @@ def profile_losses(
         losses = sample_losses_of(model, batches)
         dense = mean_loss(model, batches, losses)
         for name in targets:
+            found = solver.weigh(name, max(ranks[name]))[1] if ranks[name] else None
             for rank in ranks[name]:
-                with replaced(model, {name: solver.low_rank(name, rank)[0]}):
+                with replaced(model, {name: solver.low_rank(name, rank, found)[0]}):
                     profile[name][rank] = mean_loss(model, batches, losses) - dense
                 shown.update()
     return profile

@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import BUDGETS, AlreadySmaller, ImpossibleBudget, Profile
-from hf_lowrank.compression.compress import compress, present_share
+from hf_lowrank.compression.compress import checked_targets, compress, layer_solver, present_share
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.report import CompressionReport
+from hf_lowrank.compression.sequential import is_wanted
+from hf_lowrank.compression.weighing import Weighing, weighing_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.distributed import agreed
 from hf_lowrank.jobs.progress import bar
@@ -54,11 +57,14 @@ def search_smallest(
     """
     low, high, best = 0.0, present_share(model, config, statistics), None
     keep = high - RESOLUTION
+    solver = layer_solver(checked_targets(model, config), config, statistics)
+    one_shot = not is_wanted(model, solver.targets, config, batches is not None)
+    weighing = weighing_for(solver, config, progress=False, keep="always" if one_shot else "never")
     tried: list[tuple[float, float]] = []
     with bar("searching", None, "models", progress) as shown:
         while high - low > RESOLUTION * (1 + 1e-9):
             try:
-                found = _measured(model, config, statistics, keep, profile, measure, batches, labels)
+                found = _measured(model, config, statistics, keep, profile, measure, batches, labels, weighing)
             except AlreadySmaller:  # by its form alone
                 high, keep = keep, (low + keep) / 2
                 continue
@@ -88,12 +94,14 @@ def _measured(
     measure: Callable[[PreTrainedModel], float],
     batches: Iterable[Batch] | Marks | None,
     labels: str | Labels | None,
+    weighing: Weighing,
 ) -> Found | None:
     """A copy of the model at a budget, and its measurement; None where the budget is below the least possible."""
     budget = {kind: keep if kind == "keep" else None for kind in BUDGETS}
     settings = replace(config, **budget)  # type: ignore[arg-type]
     try:
-        candidate = compress(copy.deepcopy(model), settings, statistics, False, profile, batches=batches, labels=labels)
+        rest: Any = {"batches": batches, "labels": labels, "weighing": weighing}
+        candidate = compress(copy.deepcopy(model), settings, statistics, False, profile, **rest)
     except AlreadySmaller:
         raise
     except ImpossibleBudget:

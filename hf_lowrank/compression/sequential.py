@@ -58,7 +58,7 @@ def prefix_of(
         LowRankError: the config asks for sequential factors, and a layer is used several times.
     """
     later = {name: target for name, target in targets.items() if target.kind != "embedding"}
-    if not later or not _is_wanted(model, targets, config, batches is not None):
+    if not later or not is_wanted(model, targets, config, batches is not None):
         return None
     marked = batches if isinstance(batches, Marks) else marked_batches(model, later, batches or (), labels, progress)
     try:
@@ -69,7 +69,8 @@ def prefix_of(
         return None
 
 
-def _is_wanted(model: PreTrainedModel, targets: Mapping[str, Target], config: CompressionConfig, given: bool) -> bool:
+def is_wanted(model: PreTrainedModel, targets: Mapping[str, Target], config: CompressionConfig, given: bool) -> bool:
+    """Whether factors are to be sequential, where every layer is used once and samples are `given`."""
     if config.sequential is not None:
         return config.sequential
     able = not any(_why_not(model, target) for target in targets.values())

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from hf_lowrank.allocation import parameters
 from hf_lowrank.compression.directions import Directions
+from hf_lowrank.compression.found import Iterated, Ordered
 from hf_lowrank.compression.report import LayerReport
 from hf_lowrank.compression.rounded import RoundedLoss
 from hf_lowrank.model.targets import Target
 from hf_lowrank.model.weights import readable, solving_device, whole_weight
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, layer_class_for
-from hf_lowrank.solvers import GAUGES, Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.solvers import Method, Objective, loss_per_error, with_optimizer
+from hf_lowrank.solvers.decomposition import Decomposition
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.family import DEFAULT_GAUGE
 from hf_lowrank.solvers.methods import Means, mean_input, rounding_sides
@@ -49,13 +51,23 @@ class LayerSolver:
 
         A layer that is factorized already has as many as its rank, and 0 for the rest.
         """
+        return self.weigh(name, 0)[0]
+
+    @torch.no_grad()
+    def weigh(self, name: str, most: int) -> tuple[Tensor, Decomposition | None]:
+        """The `spectrum` of a layer, and what its factors of a rank up to `most` need.
+
+        None for that where `most` is 0, and by methods whose best factors are not known in closed form.
+        """
         weight = self._weight(name)
         objective = self._objective(name, weight.device)
-        spectrum = objective.spectrum(weight) * ((self._loss_per_error(name, objective) or 1.0) / 2)
+        found = objective.decompose(weight, most) if most and isinstance(objective, Scaled) else None
+        worth = found.worth if found is not None else objective.spectrum(weight)
+        spectrum = worth * ((self._loss_per_error(name, found or objective) or 1.0) / 2)
         rank = self.targets[name].rank
         if rank is not None:
             spectrum[rank:] = 0  # but for rounding
-        return spectrum
+        return spectrum, found
 
     @torch.no_grad()
     def rounded_loss(self, name: str) -> RoundedLoss:
@@ -66,30 +78,26 @@ class LayerSolver:
         return RoundedLoss.of(weight, objective.two_sided(), unit, self.targets[name].kind == "embedding")
 
     @torch.no_grad()
-    def low_rank(self, name: str, rank: int) -> tuple[LowRankLayer, LayerReport, Directions | None]:
+    def low_rank(
+        self, name: str, rank: int, decomposition: Decomposition | None = None
+    ) -> tuple[LowRankLayer, LayerReport, Directions | None]:
         """The layer as factors of a rank, in its own dtype, what they cost and lose, and their directions.
 
-        None for directions that have no order, as a method that iterates finds them.
+        None for directions that have no order, as a method that iterates finds them. A `decomposition` that `weigh`
+        found for the layer spares another one.
         """
         started = time.perf_counter()
         target, weight = self.targets[name], self._weight(name)
-        objective = self._objective(name, weight.device)
-        unit, fisher_cosine = self._loss_per_error(name, objective), self._fisher_cosine(name)
-        wanted = self._wanted(name, weight, objective)
-        factors = objective.factorize(wanted, rank)
-        chosen = GAUGES[self.gauge](factors, self.rounding_sides(name, weight.device))
+        solution = self._solved(name, weight, rank, decomposition)
         with readable(target.module):
-            low_rank = layer_class_for(target.module).from_factors(target.module, chosen.up, chosen.down)
+            factors = solution.factors
+            low_rank = layer_class_for(target.module).from_factors(target.module, factors.up, factors.down)
         up, down = low_rank.matrices()
-        stored = up.to(weight), down.to(weight)  # with the rounding of their dtype
-        delta = weight - stored[0] @ stored[1]
+        stored = Factors(up.to(weight), down.to(weight))  # with the rounding of their dtype
+        delta = weight - stored.product()
         if (change := self._mean_change(name, weight, delta)) is not None:
             low_rank.up.bias.add_(change.to(low_rank.up.bias))
-        error = objective.error(wanted - weight + delta)
-        directions = None
-        if isinstance(objective, Scaled):
-            mean = mean_input(self._means(name))
-            directions = Directions.of(factors, Factors(*stored), objective, (unit or 1.0) / 2, mean)
+        error, unit = solution.error(stored, delta), self._loss_per_error(name, solution.objective)
         report = LayerReport(
             name,
             *target.shape,
@@ -97,13 +105,23 @@ class LayerSolver:
             parameters(target.shape, None),
             parameters(target.shape, rank),
             relative_error=_root_ratio(delta.square().sum(), weight.square().sum()),
-            weighted_error=_root_ratio(error, objective.error(weight)),
+            weighted_error=_root_ratio(error, solution.whole),
             expected_loss=None if unit is None else float(error) * unit / 2,
             seconds=time.perf_counter() - started,
             trace=factors.trace,
-            fisher_cosine=fisher_cosine,
+            fisher_cosine=self._fisher_cosine(name),
         )
-        return low_rank, report, directions
+        return low_rank, report, solution.directions((unit or 1.0) / 2, stored, self.mean_input(name))
+
+    def _solved(self, name: str, weight: Tensor, rank: int, found: Decomposition | None) -> "Ordered | Iterated":
+        """The factors of a layer's weight [out, in], and what is known of them."""
+        if found is None or found.most < rank:
+            objective = self._objective(name, weight.device)
+            if not isinstance(objective, Scaled):
+                return Iterated.at(weight, rank, objective, self.rounding_sides(name, weight.device), self.gauge)
+            weight = self._wanted(name, weight, objective)
+            found = objective.decompose(weight, rank)
+        return Ordered.at(weight, rank, found.to(weight.device), self.mean_input(name), self.gauge)
 
     def _weight(self, name: str) -> Tensor:
         weight = whole_weight(self.targets[name].module)
@@ -123,16 +141,21 @@ class LayerSolver:
 
     def mean_input(self, name: str) -> Tensor | None:
         """μ [in] of a layer with a bias, in float64; None where the method counts it like any other part."""
-        return mean_input(self._means(name))
+        kinds = [kind for kind in ("activation_mean", "active_tokens") if kind in self.method.needs]
+        return mean_input(self._known(name, kinds))
 
     def reaches(self, name: str) -> bool:
         """Whether anything is known of a layer that its method needs."""
         return self.statistics is None or not self.method.needs or self.statistics.reach(name)
 
     def _means(self, name: str) -> Means:
-        """What the method knows of a layer: its mean input only where a bias can make up for what becomes of it."""
+        """What the method knows of a layer."""
+        return self._known(name, self.method.needs)
+
+    def _known(self, name: str, kinds: Sequence[str]) -> Means:
+        """The means of these kinds: that of the inputs only where a bias can make up for what becomes of it."""
         biased = isinstance(getattr(self.targets[name].module, "bias", None), Tensor)
-        known = [kind for kind in self.method.needs if biased or kind != "activation_mean"]
+        known = [kind for kind in kinds if biased or kind != "activation_mean"]
         return {kind: self.statistics.mean(kind, name) for kind in known} if self.statistics is not None else {}
 
     def _wanted(self, name: str, weight: Tensor, objective: Objective) -> Tensor:
@@ -141,13 +164,13 @@ class LayerSolver:
             return weight
         drift, tokens = self.statistics.mean("drift", name), self.statistics.mean("active_tokens", name).clamp_min(1)
         drift = (drift / tokens).to(weight.device, torch.float64)
-        if (mean := mean_input(self._means(name))) is not None:
+        if (mean := self.mean_input(name)) is not None:
             drift -= self._mean_drift(name, weight).outer(mean.to(weight.device))
         return objective.anchored(weight, drift)  # type: ignore[attr-defined]
 
     def _mean_change(self, name: str, weight: Tensor, delta: Tensor) -> Tensor | None:
         """What becomes of the mean output [out] by a change Δ of the weight, and of the inputs; None without a bias."""
-        mean = mean_input(self._means(name))
+        mean = self.mean_input(name)
         if mean is None:
             return None
         change = delta.double() @ mean.to(delta.device)
@@ -161,7 +184,7 @@ class LayerSolver:
         drift, tokens = (self.statistics.mean(kind, name) for kind in ("mean_drift", "active_tokens"))
         return (drift / tokens.clamp_min(1)).to(like.device, torch.float64)
 
-    def _loss_per_error(self, name: str, objective: Objective) -> float | None:
+    def _loss_per_error(self, name: str, objective: Objective | Decomposition) -> float | None:
         """Twice the expected loss per error of a layer's objective; None where the statistics do not say."""
         if self.statistics is None:
             return None

@@ -124,27 +124,34 @@ def summed(tensor: Tensor) -> Tensor:
     return reduce(tensor.to(state.device), "sum").to(tensor.device) if state.num_processes > 1 else tensor
 
 
-def shares(costs: Mapping[str, float], processes: int) -> list[list[str]]:
-    """The names for each process: the most costly first, each to the process with the least to do so far.
+def shares(costs: Mapping[str, float], processes: int, given: Mapping[str, int] | None = None) -> list[list[str]]:
+    """The names for each process: those `given` to it, then the most costly first, each to the one with least to do.
 
     At most 4/3 of the shortest possible time. Graham (1969), LPT.
 
     >>> shares({"a": 3, "b": 2, "c": 2, "d": 1}, 2)
     [['a', 'd'], ['b', 'c']]
     """
-    given: list[list[str]] = [[] for _ in range(processes)]
-    busy = [(0.0, process) for process in range(processes)]
-    for name in sorted(costs, key=lambda name: -costs[name]):
+    given = {name: process for name, process in (given or {}).items() if name in costs}
+    share = [[name for name in costs if given.get(name) == process] for process in range(processes)]
+    busy = [(sum(costs[name] for name in names), process) for process, names in enumerate(share)]
+    heapq.heapify(busy)
+    for name in sorted((name for name in costs if name not in given), key=lambda name: -costs[name]):
         load, process = heapq.heappop(busy)
-        given[process].append(name)
+        share[process].append(name)
         heapq.heappush(busy, (load + costs[name], process))
-    return given
+    return share
 
 
 def divided(
-    costs: Mapping[str, float], solve: Callable[[str], Result], kept: Kept | None = None
+    costs: Mapping[str, float],
+    solve: Callable[[str], Result],
+    kept: Kept | None = None,
+    holders: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, Result]]:
     """Solve every name on one of the processes, and yield each (name, result) on all of them.
+
+    Names of which one process alone has what it takes are for that one: `holders` says which.
 
     Every process gives its own results first, as they come, and then receives those of the others one by one, so that
     the caller can make room for each. What is `kept` already is not solved again, and what is solved is kept. All
@@ -155,7 +162,8 @@ def divided(
     """
     state = PartialState()
     done = on_main(lambda: sorted(kept.names() & set(costs)) if kept is not None else [])
-    share = shares({name: cost for name, cost in costs.items() if name not in set(done)}, state.num_processes)
+    left = {name: cost for name, cost in costs.items() if name not in set(done)}
+    share = shares(left, state.num_processes, holders or {})
     own: dict[str, Result] = {}
     with shared_errors():
         for name in [*(done if state.is_main_process else ()), *share[state.process_index]]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_lowrank.solvers.decomposition import FLOOR, Decomposition
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.scaled import Scaled
 
@@ -31,8 +32,9 @@ ACTIVATION_PEAK, WEIGHT_PEAK = 6.0, 3.5
 # Share of the mean diagonal that is added to moments: channels that carry nothing can then be inverted.
 RIDGE = 1e-7
 
-# The metric is found when it changes by less than this share; the iteration contracts, a handful is enough.
-TOLERANCE, MAX_ITERATIONS = 1e-4, 30
+# The metric is found when the shares of the moments in it change by less than this one of themselves: the cost is off
+# by the square of that. The iteration contracts, two or three turns are enough.
+TOLERANCE, MAX_ITERATIONS = 1e-3, 30
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,25 @@ class Channels:
             with_ridge(up.T @ (sides.left.diagonal(len(up)).to(up.device)[:, None] * up)),
         )
 
+    @classmethod
+    def ordered(cls, factors: Factors, decomposition: Decomposition, mean: Tensor | None) -> "Channels":
+        """Those of the factors that a decomposition gives, in float64; inputs have a `mean` [in] besides, or None.
+
+        Nothing needs to be multiplied by a moment for them.
+        """
+        up, down = factors.up, factors.down
+        energies = decomposition.energies(len(down))
+        inputs, power = energies.diag(), decomposition.inputs.sum()
+        if mean is not None:
+            along = down @ mean.to(down)
+            inputs, power = inputs + along.outer(along), power + mean.to(down).square().sum()
+        return cls(
+            with_ridge(inputs),
+            with_ridge(energies.diag()),
+            with_ridge(power / down.shape[1] * down @ down.T),
+            with_ridge(up.T @ (decomposition.outputs[:, None] * up)),
+        )
+
     def in_basis(self, basis: Tensor) -> "Channels":
         """Those of the factors U R and R⁻¹ D, for R = `basis` [r, r]."""
         by_inputs = (
@@ -92,12 +113,29 @@ def flat(factors: Factors, sides: Scaled, seed: int = 0) -> Factors:
     variances. Where `sides` is a plain ‖Δ‖², these are balanced factors, rotated. Computed in float64.
     """
     start = Factors(factors.up.double(), factors.down.double(), factors.trace).balanced()
-    channels = Channels.of(start, sides)
-    basis = power(least_rounding(channels), 0.5)
-    basis = basis @ rotation(channels.in_basis(basis).inputs, seed)
-    up, down = start.up @ basis, torch.linalg.solve(basis, start.down)
+    return in_basis(start, flat_basis(Channels.of(start, sides), seed))[0]
+
+
+def flat_basis(channels: Channels, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The basis R [r, r] of `flat` factors, and R⁻¹, for channels in any other."""
+    root, inverse = _least_root(channels)
+    turn = rotation(inverse @ channels.inputs @ inverse.T, seed)
+    return root @ turn, turn.T @ inverse
+
+
+def balanced_basis(factors: Factors) -> tuple[Tensor, Tensor]:
+    """The basis R [r, r] of balanced factors, and R⁻¹, for others of full rank."""
+    r_up, r_down = (torch.linalg.qr(side, mode="r").R for side in (factors.up, factors.down.T))
+    u, s, _ = torch.linalg.svd(r_up @ r_down.T)
+    root = torch.where(s[0] > 0, s.clamp_min(FLOOR**0.5 * s[0]), 1.0).sqrt()
+    return torch.linalg.solve_triangular(r_up, u * root, upper=True), (u / root).T @ r_up
+
+
+def in_basis(factors: Factors, basis: tuple[Tensor, Tensor]) -> tuple[Factors, tuple[Tensor, Tensor]]:
+    """U R and R⁻¹ D for a basis R and its inverse, both scaled so that the factors have equal norms."""
+    up, down = factors.up @ basis[0], basis[1] @ factors.down
     scale = (up.norm() / down.norm()).sqrt() if down.any() else torch.ones_like(up.norm())
-    return Factors(up / scale, down * scale, factors.trace)
+    return Factors(up / scale, down * scale, factors.trace), (basis[0] / scale, basis[1] * scale)
 
 
 GAUGES: dict[str, Callable[[Factors, Scaled], Factors]] = {"flat": flat, "balanced": balanced}
@@ -105,26 +143,45 @@ GAUGES: dict[str, Callable[[Factors, Scaled], Factors]] = {"flat": flat, "balanc
 
 def least_rounding(channels: Channels) -> Tensor:
     """The metric H = R Rᵀ [r, r] of least `Channels.cost`, found as the fixed point of a geometric mean."""
+    root, _ = _least_root(channels)
+    return root @ root.T
+
+
+def _least_root(channels: Channels) -> tuple[Tensor, Tensor]:
+    """A root R of the metric of least cost, and R⁻¹. What changes from turn to turn are two shares of moments."""
     activations, weights = _shares()
-    metric = mean_metric(channels.outputs, channels.inputs)
+    inputs, outputs, down, up = (float(m.trace()) for m in vars(channels).values())
+    shares = (0.0, 0.0)
     for _ in range(MAX_ITERATIONS):
-        inverse = torch.linalg.inv(metric)
-        inputs, down = (_inner(inverse, moment) for moment in (channels.inputs, channels.down))
-        outputs, up = (_inner(metric, moment) for moment in (channels.outputs, channels.up))
-        rises = (activations * inputs + weights * down) * channels.outputs + weights * inputs * channels.up
-        falls = (activations * outputs + weights * up) * channels.inputs + weights * outputs * channels.down
-        before, metric = metric, mean_metric(rises, falls)
-        if torch.dist(before, metric) <= TOLERANCE * metric.norm():
+        before, shares = (
+            shares,
+            (
+                weights * inputs / (activations * inputs + weights * down),
+                weights * outputs / (activations * outputs + weights * up),
+            ),
+        )
+        if all(abs(new - old) <= TOLERANCE * new for new, old in zip(shares, before, strict=True)):
             break
-    return metric
+        root, inverse = mean_root(
+            channels.outputs + shares[0] * channels.up, channels.inputs + shares[1] * channels.down
+        )
+        inputs, down = (_inner(inverse @ moment, inverse) for moment in (channels.inputs, channels.down))
+        outputs, up = (_inner(moment @ root, root) for moment in (channels.outputs, channels.up))
+    return root, inverse
 
 
 def mean_metric(rises: Tensor, falls: Tensor) -> Tensor:
     """The H [r, r] of least tr(H · rises) + tr(H⁻¹ · falls): H · rises · H = falls, the mean of rises⁻¹ and falls."""
+    root, _ = mean_root(rises, falls)
+    return root @ root.T
+
+
+def mean_root(rises: Tensor, falls: Tensor) -> tuple[Tensor, Tensor]:
+    """A root R [r, r] of `mean_metric`, R Rᵀ = H, and R⁻¹."""
     lower = torch.linalg.cholesky(rises)
-    middle = power(lower.T @ falls @ lower, 0.5)
-    half = torch.linalg.solve_triangular(lower.T, middle, upper=True)
-    return _symmetric(torch.linalg.solve_triangular(lower.T, half.T, upper=True))
+    values, vectors = _eigh(lower.T @ falls @ lower)
+    fourth = values.sqrt().sqrt()
+    return torch.linalg.solve_triangular(lower.T, vectors * fourth, upper=True), (vectors / fourth).T @ lower.T
 
 
 def rotation(moment: Tensor, seed: int = 0) -> Tensor:
@@ -171,9 +228,14 @@ def _to_mean(high: float, low: float, across: float, mean: float) -> np.ndarray:
 
 def power(moment: Tensor, exponent: float) -> Tensor:
     """A symmetric positive matrix [n, n] to a power, itself symmetric and positive."""
+    values, vectors = _eigh(moment)
+    return (vectors * values**exponent) @ vectors.T
+
+
+def _eigh(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, all positive, and eigenvectors of a symmetric positive matrix."""
     values, vectors = torch.linalg.eigh(_symmetric(moment))
-    least = torch.finfo(values.dtype).eps * values[-1]  # what is below is rounding
-    return (vectors * values.clamp_min(least) ** exponent) @ vectors.T
+    return values.clamp_min(torch.finfo(values.dtype).eps * values[-1]), vectors  # what is below is rounding
 
 
 def _shares() -> tuple[float, float]:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hf_lowrank.solvers.decomposition import Decomposition
 from hf_lowrank.solvers.elementwise import ElementWise, Rotated
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.family import METHODS, Method
@@ -36,7 +37,7 @@ class Objective(Protocol):
 OBJECTIVES: dict[str, Callable[[Means], Objective]] = {}
 
 
-def loss_per_error(objective: Objective, fisher_rows: Tensor, shape: tuple[int, int]) -> float:
+def loss_per_error(objective: Objective | Decomposition, fisher_rows: Tensor, shape: tuple[int, int]) -> float:
     """Twice the expected increase of the loss per error: a random change costs what the Fisher information says.
 
     To second order a change with independent elements of variance 1 adds Σ F / 2 to the loss; `fisher_rows` [in] is F

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.solvers.decomposition import Decomposition
 from hf_lowrank.solvers.factors import Factors
 
 # Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
@@ -26,6 +27,10 @@ class Scaling:
 
     def undo(self, matrix: Tensor) -> Tensor:
         """S⁻¹ @ matrix."""
+        return matrix
+
+    def adjoint(self, matrix: Tensor) -> Tensor:
+        """Sᵀ @ matrix."""
         return matrix
 
     def square(self, matrix: Tensor) -> Tensor:
@@ -66,6 +71,9 @@ class DiagonalScaling(Scaling):
 
     def undo(self, matrix: Tensor) -> Tensor:
         return matrix / self.root
+
+    def adjoint(self, matrix: Tensor) -> Tensor:
+        return self.root * matrix
 
     def square(self, matrix: Tensor) -> Tensor:
         return self.root.square() * matrix
@@ -115,6 +123,10 @@ class WhiteningScaling(Scaling):
     def undo(self, matrix: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.upper, matrix.to(self.upper.dtype), upper=True)
 
+    def adjoint(self, matrix: Tensor) -> Tensor:
+        blocks = _row_blocks(len(matrix))  # right of the diagonal are zeros
+        return torch.cat([self.upper[:end, start:end].T @ matrix[:end] for start, end in blocks])
+
     def square(self, matrix: Tensor) -> Tensor:
         return self.moment @ matrix.to(self.moment.dtype)
 
@@ -139,6 +151,9 @@ class RotatedScaling(Scaling):
 
     def undo(self, matrix: Tensor) -> Tensor:
         return self.rotation @ self.scaling.undo(matrix)
+
+    def adjoint(self, matrix: Tensor) -> Tensor:
+        return self.rotation @ self.scaling.adjoint(matrix)
 
     def square(self, matrix: Tensor) -> Tensor:
         return self.rotation @ self.scaling.square(self.rotation.T @ matrix.double())
@@ -182,14 +197,25 @@ class Scaled:
     def spectrum(self, weight: Tensor) -> Tensor:
         """The squared singular values of L W Rᵀ [min(out, in)], largest first."""
         _, half, whole = self._scaled(weight)
-        return torch.linalg.eigvalsh(_lower_product(whole, half), UPLO="L").flip(0).clamp_min(0)
+        return torch.linalg.eigvalsh(lower_product(whole, half), UPLO="L").flip(0).clamp_min(0)
 
     def factorize(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of `weight` [out, in] at `rank`, computed in float64."""
         shorter, half, whole = self._scaled(weight)
-        leading = _leading(_lower_product(whole, half), rank)
+        leading = _leading(lower_product(whole, half), rank)
         left, right = shorter.undo(leading), leading.T @ half
         return Factors(left, right) if weight.shape[0] <= weight.shape[1] else Factors(right.T, left.T)
+
+    def decompose(self, weight: Tensor, most: int) -> Decomposition:
+        """The worth of all directions of `weight` [out, in], and the first `most` of them, computed in float64."""
+        shorter, half, whole = self._scaled(weight)
+        gram = lower_product(whole, half)
+        del half, whole
+        values, vectors = torch.linalg.eigh(gram, UPLO="L")  # ascending
+        leading = vectors[:, -most:].flip(1)
+        outputs, inputs = self.left.diagonal(weight.shape[0]), self.right.diagonal(weight.shape[1])
+        span, dual = shorter.undo(leading).float(), shorter.adjoint(leading).float()
+        return Decomposition(values.flip(0).clamp_min(0), span, dual, outputs.to(values), inputs.to(values))
 
     def two_sided(self) -> "Scaled":
         """These scalings: what every objective can be asked for."""
@@ -224,7 +250,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         up, down = truncated_svd(matrix.T, rank)
         return down.T, up.T
     matrix = matrix.double()
-    leading = _leading(_lower_product(matrix, matrix), rank)
+    leading = _leading(lower_product(matrix, matrix), rank)
     return leading, leading.T @ matrix
 
 
@@ -234,7 +260,7 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:].flip(1)
 
 
-def _lower_product(a: Tensor, b: Tensor) -> Tensor:
+def lower_product(a: Tensor, b: Tensor) -> Tensor:
     """The lower triangle of a @ b.T [m, m] where that is symmetric: all that a symmetric solver reads."""
     product = a.new_zeros(len(a), len(b))
     for start, end in _row_blocks(len(a)):

@@ -96,6 +96,9 @@ class Statistics:
         Raises:
             LowRankError: the kind or the module was not measured.
         """
+        return self._sum(kind, name) / self.samples
+
+    def _sum(self, kind: str, name: str) -> Tensor:
         if not self.has(kind):
             raise LowRankError(
                 f"these statistics have no {kind!r}, only {', '.join(self.kinds)}; measure it with "
@@ -107,7 +110,7 @@ class Statistics:
                 f"these statistics know nothing of the module {name!r}; they were measured on {self._source()}"
             )
         total = by_name[name]
-        return (total if kind in self.sums else total.sum(dim=0)) / self.samples
+        return total if kind in self.sums else total.sum(dim=0)
 
     def fisher_cosine(self, name: str) -> float | None:
         """That of the Kronecker factors of a module with the Fisher information of whole samples; None if not measured.
@@ -161,7 +164,7 @@ class Statistics:
         """
         for name, target in targets.items():
             for kind in kinds:
-                shape, expected = tuple(self.mean(kind, name).shape), sum_shape(kind, target)
+                shape, expected = tuple(self._sum(kind, name).shape), sum_shape(kind, target)
                 if shape != expected:
                     raise LowRankError(
                         f"{name}: {kind} has shape {shape}, its weight needs {expected}; is it another model's?"

@@ -439,11 +439,11 @@ def test_an_interrupted_second_step_goes_on_to_the_same_bits(
     work = Work.open(tmp_path / "work", {"job": 1})
     low_rank, calls = LayerSolver.low_rank, []
 
-    def fails(self: LayerSolver, name: str, rank: int) -> Any:
+    def fails(self: LayerSolver, name: str, *rest: Any) -> Any:
         calls.append(name)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return low_rank(self, name, rank)
+        return low_rank(self, name, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerSolver, "low_rank", fails)

@@ -142,7 +142,8 @@ def test_rounding_of_the_inner_activations_costs_far_less() -> None:
         change = ((z / step).round() * step - z) @ chosen.up.double().T
         return (scaled.left.square(change.T) * change.T).sum()
 
-    assert lost(flat(factors, scaled)) < 0.5 * lost(factors.balanced())
+    mean = sum(lost(flat(factors, scaled, seed)) for seed in range(4)) / 4
+    assert mean < 0.5 * lost(factors.balanced())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
