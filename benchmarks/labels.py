@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.harness import Options, Result, Row
-from benchmarks.study import SAMPLES, SEEDS, Figures, Study, spread
+from benchmarks.harness import Options, Result, Row, mean_of
+from benchmarks.study import SEEDS, Figures, Study
 from hf_lowrank import CompressionConfig
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.predictions import predict
@@ -27,6 +27,7 @@ STUDIED = (
     ("whiten-diag", "greedy", 0.1),
 )
 Studied = tuple[str, str, float]
+SAMPLES = 512
 KINDS = {"data": "labels of the data", "drawn": "drawn from the model", "model": "of the model"}
 
 
@@ -78,7 +79,7 @@ def run(options: Options) -> Result:
 def _measured(study: Study, kind: str, seed: int, studied: Studied) -> Figures:
     method, allocation, ratio = studied
     labels: str | Labels = DrawnLabels(seed) if kind == "drawn" else kind
-    statistics, _ = study.statistics(labels, seed, kind)
+    statistics, _ = study.statistics(labels, seed, kind, SAMPLES)
     return study.measured(CompressionConfig(method, ratio, allocation, sequential=False), statistics)
 
 
@@ -92,7 +93,7 @@ def _row(studied: Studied, kind: str, found: dict[tuple[str, Studied], list[Figu
         "method": f"{method}, {allocation}",
         "ranks": f"{ratio:.0%}",
         "labels": KINDS[kind],
-        "score": spread([each["score"] for each in figures], "{:.2f}"),
-        "from dense": spread([each["divergence"] for each in figures], "{:.4f}"),
+        "score": mean_of([each["score"] for each in figures], 2),
+        "from dense": mean_of([each["divergence"] for each in figures], 4),
         "×": f"{change:.2f}",
     }

@@ -5,13 +5,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from benchmarks.harness import Options
+from benchmarks.harness import Lines, Options
 from hf_lowrank import CompressionConfig, Statistics, compress, compute_statistics
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.loading import load_model
@@ -42,7 +41,7 @@ class Study:
             raise LowRankError(f"{name} needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
         self.task, self.data_dir = get_task(options.task), options.data_dir
         self.name, self.folder = Path(options.model).name, options.output
-        self.rows = self.folder / f"{name}-{self.name}.jsonl"
+        self.lines = Lines(self.folder / f"{name}-{self.name}.jsonl")
         self.model, self.tokenizer = load_model(options.model, self.task)
         self.validation = load_validation(self.task, self.data_dir, self.tokenizer, self.model.config)
         self.reference = Reference(self.model, self.tokenizer, self.task, self.validation)
@@ -51,15 +50,12 @@ class Study:
 
     def row(self, key: Mapping[str, Any], measure: Callable[[], Figures]) -> Figures:
         """The figures of a key, measured unless they were before."""
-        lines = self.rows.read_text(encoding="utf-8").splitlines() if self.rows.is_file() else []
-        known = [row for row in map(json.loads, lines) if row["key"] == dict(key)]
-        if known:
-            return known[-1]
-        row = {"key": dict(key), **measure()}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        return row
+        known = [row for row in self.lines.rows() if all(row.get(name) == value for name, value in key.items())]
+        if not known:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lines.add(**key, **measure())
+            known = self.lines.rows()[-1:]
+        return known[-1]
 
     def samples(self, labels: str, seed: int, samples: int = SAMPLES) -> DataLoader:
         """Calibration samples."""
@@ -98,9 +94,3 @@ class Study:
     def score(self, model: PreTrainedModel) -> float:
         """On the whole validation data."""
         return evaluate_splits(model, self.tokenizer, self.task, self.validation, progress=False)["score"]
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean ± standard error over seeds."""
-    error = f" ± {form.format(stdev(values) / len(values) ** 0.5)}" if len(values) > 1 else ""
-    return form.format(fmean(values)) + error

@@ -81,7 +81,11 @@ def _command_section(command: Any, context: Any) -> str:
         lines += ["| | default | |", "|---|---|---|"]
     for parameter in options:
         option = parameter.param_type_name == "option"
-        name = ", ".join(parameter.opts) if option else parameter.metavar or parameter.name.upper()
+        name = (
+            ", ".join([*parameter.opts, *parameter.secondary_opts])
+            if option
+            else parameter.metavar or parameter.name.upper()
+        )
         cells = [f"`{name}`", _default(parameter), _plain(getattr(parameter, "help", None) or "")]
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])

@@ -39,9 +39,8 @@ def known_options() -> set[str]:
 
     group = typer.main.get_command(app)
     commands = group.commands.items()  # type: ignore[attr-defined]
-    return {f"{name} {option}" for name, command in commands for p in command.params for option in p.opts} | {
-        name for name, _ in commands
-    }
+    every = [(name, [*p.opts, *p.secondary_opts]) for name, command in commands for p in command.params]
+    return {f"{name} {option}" for name, options in every for option in options} | {name for name, _ in commands}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
