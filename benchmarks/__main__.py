@@ -242,7 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 60 million)")
     parser.add_argument("--cache", type=Path, help="lm: its text and its model (default: in Hugging Face's cache)")
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
-    parser.add_argument("--method", action="append", choices=list(METHODS), help="lm: only this method; repeatable")
+    parser.add_argument(
+        "--method", action="append", choices=[*METHODS, lm.NARROW], help="lm: only this method; repeatable"
+    )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with the task's train and validation files (default: the Hub's)"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,11 +17,15 @@ from benchmarks.harness import Options, Result, Row
 from benchmarks.lm_text import Windows, prepare
 from benchmarks.lm_train import Recipe, cache_folder, train, trained
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
+from hf_lowrank.compression.narrow import LAYERS, NEEDS, narrow
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.targets import find_targets
 
 SHARES = (0.9, 0.8, 0.6, 0.4)  # of the parameters of the blocks that are kept
 SEEDS = (0, 1, 2)
 SAMPLES, TESTED, BATCH = 256, 64, 8  # windows for the statistics, windows that are scored, and windows at a time
+
+NARROW = "narrow"  # no method: fewer inner channels of MLPs (MoDeGPT's way with them), the model a plain one
 
 Figures = dict[str, float]
 
@@ -33,7 +38,7 @@ def run(options: Options) -> Result:
         model = train(folder, recipe)
         return Result("lm: the trained model", [{"folder": str(model), "tokens": f"{trained(folder)[1]:,}"}])
     study = Study(folder, recipe)
-    methods = [name for name in METHODS if options.methods is None or name in options.methods]
+    methods = [name for name in (*METHODS, NARROW) if options.methods is None or name in options.methods]
     with bar("lm", len(methods) * len(SHARES) * len(SEEDS), "models") as shown:
         for seed in SEEDS:
             for method in methods:
@@ -63,6 +68,8 @@ class Study:
         _, self.training, held_out = prepare(folder / "text", recipe.corpus)
         self.length = recipe.length
         self.model = AutoModelForCausalLM.from_pretrained(place).eval()
+        self.targets = find_targets(self.model)
+        self.targeted = sum(target.module.weight.numel() for target in self.targets.values())
         self.folder = folder / f"measured-{self.tokens}"
         self.folder.mkdir(exist_ok=True)
         windows = Windows(held_out, recipe.length)
@@ -74,15 +81,28 @@ class Study:
         """What a model compressed so says of the held-out text."""
         key = (method, share, seed)
         if key not in self.known:
-            config = CompressionConfig(method, keep=share)
-            rest: dict[str, Any] = {"progress": False, "batches": self._calibration(seed)}
-            small, report = compress(copy.deepcopy(self.model), config, self._statistics(config, seed), **rest)
+            started = time.process_time()
+            small = self._narrow(share, seed) if method == NARROW else self._factorized(method, share, seed)
+            seconds = time.process_time() - started
             figures, _ = self._compared(small, self.dense)
-            kept = report.targeted_after / report.targeted_before
-            self.known[key] = {"of": key, "kept": kept, "seconds": report.seconds, **figures}
+            gone = self.model.num_parameters() - small.num_parameters()
+            self.known[key] = {"of": key, "kept": 1 - gone / self.targeted, "seconds": seconds, **figures}
             with (self.folder / "models.jsonl").open("a") as log:
                 log.write(json.dumps(self.known[key]) + "\n")
         return self.known[key]
+
+    def _factorized(self, method: str, share: float, seed: int) -> PreTrainedModel:
+        config = CompressionConfig(method, keep=share)
+        rest: dict[str, Any] = {"progress": False, "batches": self._calibration(seed)}
+        return compress(copy.deepcopy(self.model), config, self._statistics(config, seed), **rest)[0]
+
+    def _narrow(self, share: float, seed: int) -> PreTrainedModel:
+        """Narrower MLPs, and all else as it was, at the share of all parameters of the blocks."""
+        width = self.model.config.intermediate_size
+        inside = sum(target.module.weight.numel() for name, target in self.targets.items() if ".mlp." in name)
+        kept = round(width * (1 - (1 - share) * self.targeted / inside))
+        measured = compute_statistics(self.model, self._calibration(seed), NEEDS, include=LAYERS, progress=False)
+        return narrow(copy.deepcopy(self.model), measured, max(1, kept))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         log = self.folder / "models.jsonl"

@@ -80,12 +80,13 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     train(tmp_path, RECIPE, minutes=0, progress=False)
     monkeypatch.setattr(lm, "Recipe", lambda: RECIPE)
     monkeypatch.setattr(lm, "SEEDS", (0,))
-    options = Options(cache=tmp_path, methods=("svd", "kfac"))
+    options = Options(cache=tmp_path, methods=("svd", "kfac", "narrow"))
     result = lm.run(options)
-    assert [row["method"] for row in result.rows] == ["svd", "kfac"]
+    assert [row["method"] for row in result.rows] == ["svd", "kfac", "narrow"]
     study = lm.Study(tmp_path, RECIPE)
     for share in lm.SHARES:
         assert study.known["kfac", share, 0]["kept"] <= share
+    assert study.known["narrow", 0.8, 0]["kept"] == pytest.approx(0.8, abs=0.02)
     # By hand: the mean over the tokens of all windows
     ids = torch.stack(study.test)
     with torch.no_grad():
