@@ -34,7 +34,7 @@ RANK_RATIO, SEED = 0.33, 0
 SPREAD = 0.1  # of untrained weights; the 0.02 of wide models is too little at this width
 WORDS, TOPICS, TOPIC_WORDS = 200, 10, 20
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-TRAINING, VALIDATION = 4000, 500
+TRAINING, VALIDATION = 3000, 300
 
 Record = dict[str, Any]
 
@@ -209,8 +209,8 @@ def _translation(generator: np.random.Generator) -> Record:
 
 
 CASES = {
-    "fill-mask": Case(_chain, lambda: BertForMaskedLM(_bert()), 6),
+    "fill-mask": Case(_chain, lambda: BertForMaskedLM(_bert()), 5),
     "question-answering": Case(_fact, lambda: BertForQuestionAnswering(_bert()), 8),
-    "multi-label": Case(_mixture, _classifier, 6),
+    "multi-label": Case(_mixture, _classifier, 5),
     "translation": Case(_translation, _bart, 10),
 }

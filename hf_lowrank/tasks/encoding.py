@@ -21,7 +21,7 @@ from hf_lowrank.tasks.images import ImageCollator, encode_images, stored_images
 from hf_lowrank.tasks.labels import label_ids_of, mapping_note
 from hf_lowrank.tasks.masked import encode_masked
 from hf_lowrank.tasks.multi_label import FlagsCollator, encode_labels
-from hf_lowrank.tasks.questions import QuestionCollator, encode_questions
+from hf_lowrank.tasks.questions import encode_questions, question_collator
 from hf_lowrank.tasks.sequences import PairCollator, encode_pairs
 from hf_lowrank.tasks.task import Task
 from hf_lowrank.tasks.windows import chosen_windows, streamed_windows, windows
@@ -166,7 +166,7 @@ _ENCODERS = {
 }
 
 _COLLATORS: dict[str, Any] = {
-    "question_answering": QuestionCollator,
+    "question_answering": question_collator,
     "multi_label": FlagsCollator,
     "seq2seq": PairCollator,
     "image_classification": ImageCollator,

@@ -4,6 +4,7 @@ The columns are those of SQuAD (Rajpurkar et al., 2016; 2018): `answers` holds l
 where the text has no answer. A text that is too long is read in windows that overlap.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,19 +32,8 @@ def encode_questions(batch: dict, task: Task, tokenizer: Any, length: int, label
         raise LowRankError(f"{task.name} needs a fast tokenizer, which knows where its tokens stand; this one is slow")
     questions, contexts = ([text.lstrip() for text in batch[task.text[0]]], batch[task.text[1]])
     options: dict[str, Any] = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
-    try:
-        encoded = tokenizer(
-            questions,
-            contexts,
-            truncation="only_second",
-            max_length=length,
-            stride=min(OVERLAP, length // 4),
-            **options,
-        )
-    except BaseException as error:  # the tokenizers' own, which is no Exception where it is a panic
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise LowRankError(f"a question of {task.name} leaves no room for its text in {length} tokens") from error
+    overlap = _overlap(questions, task, tokenizer, length)
+    encoded = tokenizer(questions, contexts, truncation="only_second", max_length=length, stride=overlap, **options)
     rows = encoded.pop("overflow_to_sample_mapping")
     offsets = encoded.pop("offset_mapping")
     columns: dict[str, Any] = dict(encoded)
@@ -58,6 +48,18 @@ def encode_questions(batch: dict, task: Task, tokenizer: Any, length: int, label
         marks = [_marks(*pair) for pair in zip(columns["places"], answers, strict=True)]
         columns |= dict(zip(SPAN, map(list, zip(*marks, strict=True)), strict=True))
     return columns
+
+
+def _overlap(questions: Sequence[str], task: Task, tokenizer: Any, length: int) -> int:
+    """The tokens that windows of this length share, fewer than every question leaves to its text."""
+    overlap = min(OVERLAP, length // 4)
+    longest = max(len(ids) for ids in tokenizer(list(questions), add_special_tokens=False)["input_ids"])
+    if length - longest - tokenizer.num_special_tokens_to_add(True) <= overlap:
+        raise LowRankError(
+            f"a question of {task.name} is {longest} tokens long, which leaves too little of {length} to its text; "
+            "raise max_length, or shorten the question"
+        )
+    return overlap
 
 
 def _marks(places: list[list[int]], answers: dict[str, Any]) -> tuple[int, int]:
@@ -77,6 +79,15 @@ class QuestionCollator(DataCollatorWithPadding):
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         kept = [{key: value for key, value in row.items() if key not in BESIDE} for row in features]
         return dict(super().__call__(kept))
+
+
+def question_collator(tokenizer: Any) -> QuestionCollator:
+    """What joins windows, padded behind their end, so that marks stay where they are; the tokenizer is left alone."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:  # never seen: padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return QuestionCollator(tokenizer)
 
 
 def best_spans(logits: Tensor, rows: dict[str, list[Any]]) -> list[dict[str, Any]]:

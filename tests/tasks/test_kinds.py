@@ -288,6 +288,25 @@ def test_an_answer_is_the_likeliest_of_all_windows(tmp_path: Path) -> None:
     assert squad(predicted, right) == {"exact_match": 100.0, "squad_f1": 100.0}
 
 
+def test_marks_stay_where_they_are_whatever_side_is_padded(tmp_path: Path) -> None:
+    task, model = task_and_model(tmp_path, "question-answering")
+    tokenizer = masking_tokenizer()
+    tokenizer.padding_side = "left"
+    (rows,) = load_validation(task, tmp_path, tokenizer, model.config)
+    batch = collator(task, tokenizer)([rows[0], rows[-1]])
+    assert batch["start_positions"].tolist() == [rows[0]["start_positions"], rows[-1]["start_positions"]]
+    assert batch["input_ids"][0, : len(rows[0]["input_ids"])].tolist() == rows[0]["input_ids"]
+    assert len(rows[0]["input_ids"]) < batch["input_ids"].shape[1]
+
+
+def test_a_question_that_leaves_no_room_is_named(tmp_path: Path) -> None:
+    row = {"question": sentence(0, 10), "context": sentence(1, 30), "answers": {"text": [], "answer_start": []}}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    task = get_task("question-answering", 16, data_dir=tmp_path)
+    with pytest.raises(LowRankError, match="is 10 tokens long, which leaves too little of 16 to its text"):
+        encode(load_split(task, "train", tmp_path), task, tiny_tokenizer(), bert_config())
+
+
 def test_answers_are_compared_as_squad_does() -> None:
     assert squad(["a big dog!", "cat", "x"], [["Dog", "the big dog"], ["cat nap"], []]) == pytest.approx(
         {"exact_match": 100 / 3, "squad_f1": 100 * (1 + 2 / 3 + 0) / 3}
