@@ -169,17 +169,19 @@ def test_parts_of_a_step_add_up_to_it(data: Path, tokenizer: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["conll2003", "tinystories", "texts"])
+@pytest.mark.parametrize("kind", ["conll2003", "tinystories", "text", "texts"])
 def test_every_kind_of_model_is_healed_on_texts(tmp_path: Path, tokenizer: Any, kind: str) -> None:
     torch.manual_seed(0)
     texts = [" ".join(WORDS[(n * 5 + k) % 40] for k in range(n % 7 + 2)) for n in range(24)]
     teacher = {
         "conll2003": lambda: BertForTokenClassification(bert_config(num_labels=9, initializer_range=0.3)),
         "tinystories": tiny_gpt2,
+        "text": tiny_gpt2,
         "texts": tiny_gpt2,
     }[kind]().eval()
     teacher.config.architectures = [type(teacher).__name__]
-    task = texts_task(given_texts(texts), teacher.config) if kind == "texts" else get_task(kind)
+    task = texts_task(given_texts(texts), teacher.config) if kind == "texts" else get_task(kind, 8)
+    texts *= 4 if kind == "text" else 1  # for as many windows of 8 tokens as there are texts
     column = {"tokens": [text.split() for text in texts]} if kind == "conll2003" else {"text": texts}
     Dataset.from_dict(column).to_parquet(tmp_path / "train.parquet")  # without labels
     model = compress(copy.deepcopy(teacher), CompressionConfig("svd", 0.25), progress=False)[0]
