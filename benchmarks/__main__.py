@@ -16,6 +16,7 @@ from benchmarks import (
     convergence,
     convolutions,
     coverage,
+    engines,
     experts,
     factorization,
     fisher,
@@ -67,6 +68,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "convergence": convergence.run,
     "coverage": coverage.run,
     "convolutions": convolutions.run,
+    "engines": engines.run,
     "experts": experts.run,
     "gauge": gauge.run,
     "heal": heal.run,
@@ -84,6 +86,7 @@ NEED_MODEL = (
     "bytes",
     "calibration",
     "graphs",
+    "engines",
     "heal",
     "labels",
     "profile",
@@ -91,7 +94,7 @@ NEED_MODEL = (
     "sequential",
     "shrink",
 )
-BY_NAME = ("mutation", "lm", "gpu")  # too long to be run along with the others, or for a machine that few have
+BY_NAME = ("engines", "mutation", "lm", "gpu")  # too long, for few machines, or with packages of their own
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -117,6 +120,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes
   coverage       which model types survive compression, saving and loading                 about 2 minutes, --all: 30
   convolutions   a small ResNet with its convolutions factorized, on scikit-learn's digits about 2 minutes
+  engines        dense and low rank in PyTorch, ONNX Runtime, OpenVINO; needs --model      about 6 minutes for MiniLM
   experts        a small Mixtral with its experts factorized: scores, and speed            about 2 minutes
   gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
