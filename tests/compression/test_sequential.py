@@ -309,8 +309,9 @@ def compress_share(folder: Path) -> None:
     state, model = PartialState(), tiny_bert(num_hidden_layers=2)
     mine = batches(model)[state.process_index :: state.num_processes]
     config = CompressionConfig(rank_ratio=0.25, allocation="uniform", sequential=True)
-    statistics = compute_statistics(model, mine, config.needs, progress=False)
-    compress(model, config, statistics, progress=False, batches=mine)
+    marks = Marks()
+    statistics = compute_statistics(model, mine, config.needs, progress=False, marks=marks)
+    compress(model, config, statistics, progress=False, batches=marks if state.num_processes > 1 else mine)
     with torch.no_grad():
         said = torch.cat([model(**batch).logits for batch in batches(model)])
     torch.save(model.state_dict() | {"said": said}, folder / f"{state.process_index}-of-{state.num_processes}.pt")
