@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.gauge import rotation
-from hf_lowrank.solvers.scaled import Scaled
 
 
 @dataclass(frozen=True)
@@ -29,30 +28,12 @@ class Directions:
     worth: Tensor
     mean: Tensor
 
-    @classmethod
-    def of(
-        cls, ordered: Factors, stored: Factors, sides: Scaled, loss_per_error: float, mean: Tensor | None = None
-    ) -> "Directions":
-        """Those of `stored` factors, from the same ones with the directions in order and the error ‖L Δ Rᵀ‖².
-
-        `mean` is that of the inputs [in], where the bias makes up for what becomes of it.
-        """
-        up, down = ordered.up.double(), ordered.down.double()
-        outputs = (up * sides.left.square(up)).sum(dim=0)  # uᵀ G u of every direction, and d A dᵀ
-        inputs = (down * sides.right.square(down.T).T).sum(dim=1)
-        scale = (inputs / outputs.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(1e-24) ** 0.25
-        basis = torch.linalg.lstsq(stored.up.double(), up * scale).solution
-        basis = (basis / basis.abs().max()).half()
-        along = torch.zeros_like(outputs)
-        if mean is not None:
-            along = torch.linalg.solve(basis.double(), stored.down.double() @ mean.to(up))
-        return cls(basis, (outputs * inputs * loss_per_error).float(), along.float())
-
     def truncated(self, factors: Factors, rank: int) -> tuple[Factors, "Directions", Tensor]:
         """The best factors of a smaller rank, in the basis of least loss under rounding, and their directions.
 
-        And what of the mean output [out] is lost with the others. In the scale that `of` gives them the directions have
-        Uᵀ G U = D A Dᵀ: a rotation to equal variances is all that is left to do (see `hf_lowrank.solvers.gauge`).
+        And what of the mean output [out] is lost with the others. In the scale that `Decomposition.factors` gives them
+        the directions have Uᵀ G U = D A Dᵀ: a rotation to equal variances is all that is left to do (see
+        `hf_lowrank.solvers.gauge`).
         """
         basis, worth, mean = self.basis.double(), self.worth[:rank], self.mean.double()
         directions = factors.up.double() @ basis

@@ -45,8 +45,8 @@ class Weighing:
             costs = {name: estimated_cost(target.shape) for name, target in self.solver.targets.items()}
             kept = self.work.store("spectra") if self.work is not None else None
             with bar("weighing", len(costs), "layers", self.progress) as shown:
-                for each, (tensors, _) in divided(costs, self._weighed, kept):
-                    self._spectra[each] = tensors["spectrum"].tolist()
+                for layer, (tensors, _) in divided(costs, self._weighed, kept):
+                    self._spectra[layer] = tensors["spectrum"].tolist()
                     shown.update()
         return self._spectra[name]
 
