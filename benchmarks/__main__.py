@@ -107,7 +107,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   loading        loading low-rank and dense BERT-base shapes, and their first outputs      under a minute
   startup        CPU time of --help, of names and of mistyped words                       under a minute
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
-  factorization  ranks and factors against decomposing every layer once, 150M parameters  about 4 minutes
+  factorization  ranks and factors against decomposing every layer once, 50M parameters   about a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   scaling        two processes against one                                                 about 2 minutes
   labels         labels of the data, drawn, and of the model, by three seeds; needs --model about 15 minutes for MiniLM

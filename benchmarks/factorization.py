@@ -14,7 +14,8 @@ from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.model.weights import digest
 from hf_lowrank.solvers.scaled import Scaled, lower_product
 
-BLOCKS, WIDTH, INNER, TOKENS = 12, 1024, 2816, 4096
+# All blocks are alike, so that a few of them have the ratio of many.
+BLOCKS, WIDTH, INNER, TOKENS = 4, 1024, 2816, 4096
 CONFIG = CompressionConfig("kfac", rank_ratio=0.33, sequential=False)
 STEPS = ("scaling", "Gram matrix", "eigenvectors")
 
