@@ -27,10 +27,10 @@ def run(options: Options) -> Result:
             _shrunk(study, large, small, seed)
     rows, dense = study.lines.rows(), study.dense()
     return Result(
-        f"{study.task}: cut further without data, and compressed anew; dense {dense['score']:.2f}",
+        f"{study.task}: cut further without data, and compressed anew; dense {dense:.2f}",
         [_row(rows, *pair) for pair in PAIRS],
         ["Mean over the seeds, before healing. Nats: how far from the dense model on the validation data."],
-        {"model": Path(options.model).name, "task": study.task, "dense": dense["score"], "rows": rows},
+        {"model": Path(options.model).name, "task": study.task, "dense": dense, "rows": rows},
     )
 
 
