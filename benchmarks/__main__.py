@@ -128,7 +128,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   lm             a small Llama, trained here by lm --train, compressed by every method     hours each
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
-  tasks          a small model of every kind of task, a third of its ranks kept          about 10 minutes
+  tasks          a small model of every kind of task, a third of its ranks kept          about 2 minutes
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.

@@ -61,7 +61,7 @@ def run(options: Options) -> Result:
             figures.append({"task": name, **found})
             shown.update()
     return Result(
-        f"scores at a rank ratio of {RANK_RATIO:.0%}, uniform svd and fwsvd, greedy kfac",
+        f"scores at a rank ratio of {RANK_RATIO:.0%}, uniform svd and fwsvd, greedy and sequential kfac",
         rows,
         [
             "Small models (2 layers of width 64) trained for this on made-up data, images on scikit-learn's digits; "
