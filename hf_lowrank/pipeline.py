@@ -23,6 +23,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.facts import public_name, versions
 from hf_lowrank.folder.loading import load_as_saved, load_model, load_trained, stored_dtype
+from hf_lowrank.folder.packing import alone
 from hf_lowrank.folder.quantize import quantize_
 from hf_lowrank.folder.quantizers import Quantization
 from hf_lowrank.folder.quantizers import described as described_quantization
@@ -488,7 +489,8 @@ class Pipeline:
             name: of the model that it was made from, a folder or a Hub name.
         """
         task = self.reading[1]
-        dense, saved = load_trained(name, task), load_trained(str(folder), task)
+        with alone(self._packs):
+            dense, saved = load_trained(name, task), load_trained(str(folder), task)
         found = self.divergence(dense, saved)
         if self._readout is not None and task.is_scored:
             self.facts["neighbours"] = agreement(dense, saved, *self.reading, self._readout, self.data_dir)
@@ -505,7 +507,8 @@ class Pipeline:
             folder: where the model was saved.
         """
         _, task = self.reading
-        loaded, tokenizer = load_model(str(folder), task)
+        with alone(self._packs):
+            loaded, tokenizer = load_model(str(folder), task)
         if self._readout is None:
             figures, scored_on = evaluate_described(loaded, tokenizer, task, self.data_dir)
         else:
@@ -548,11 +551,13 @@ class Pipeline:
             method = self.report.settings["method"]
             can = self.known is not None or not get_method(method).needs
             solver = solver_for_codes(self.model, method, self.known) if can else None
-            quantize_(self.model, quantization, self.report.bits, solver, self.dtype)
+            with alone():
+                quantize_(self.model, quantization, self.report.bits, solver, self.dtype)
             facts["quantization"] = described_quantization(quantization, method if can else None)
         known = self._known() | self.facts | facts
         self.report, self.facts = of_original(self.report, known, self.model.name_or_path)
-        save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
+        with alone(self._packs):
+            save_compressed(self.model, self.tokenizer, self.report, folder, overwrite, self.dtype, **self.facts)
 
     def save_statistics(self, statistics: Statistics, folder: str | Path, overwrite: bool = False) -> None:
         """Write statistics into a new folder, all of it or nothing.
@@ -573,6 +578,11 @@ class Pipeline:
         """Let go of the unfinished work, the result being safe; to be called by the main process."""
         if self.work is not None:
             self.work.remove()
+
+    @property
+    def _packs(self) -> bool:
+        """Whether what was saved has few bits."""
+        return self.quantization is not None or bool(self.report and self.report.bits)
 
     def _rounds(self, config: CompressionConfig) -> bool:
         """Whether `save` stores few bits."""

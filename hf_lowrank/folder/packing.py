@@ -2,8 +2,8 @@
 
 import io
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,21 @@ def unpack(model: PreTrainedModel) -> None:
     if compressor is not None and hasattr(model, "ct_decompress_hook"):
         with _quiet():
             compressor.decompress_model(model)
+
+
+@contextmanager
+def alone(packs: bool = True) -> Iterator[None]:
+    """Within the block a process packs, loads and runs packed models for itself, where others of its job do not.
+
+    compressed-tensors would divide the work among all processes, and wait for them.
+    """
+    if not packs:
+        yield
+        return
+    from compressed_tensors.offload.utils import as_single_threaded
+
+    with as_single_threaded():
+        yield
 
 
 def _quiet() -> Any:
