@@ -156,32 +156,36 @@ def _farther(weight: Tensor, other: Tensor) -> bool:
 def _texts(
     tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
 ) -> tuple[Dataset, Dataset]:
-    """Training rows to learn from, and others to judge by, chosen by the seed."""
+    """Training rows to learn from, and others to judge by, chosen by the seed.
+
+    The latter are the last of the order whose first rows statistics are measured on: what factors were fitted to they
+    reproduce better than what is new to them.
+    """
     if task.packed:
         return _windows(tokenizer, task, data_dir, model, config)
     rows = load_split(task, "train", data_dir).shuffle(seed=config.seed)
-    held, last = _divided(len(rows), task, config)
-    learnt, judged = rows.select(range(held, last)), rows.select(range(held))
+    held, wanted = _divided(len(rows), task, config)
+    learnt, judged = rows.select(range(wanted)), rows.select(range(len(rows) - held, len(rows)))
     return encode(learnt, task, tokenizer, model.config), encode(judged, task, tokenizer, model.config)
 
 
 def _windows(
     tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
 ) -> tuple[Dataset, Dataset]:
-    """As `_texts`, of windows of running text, which are known only once the text is read."""
-    wanted: Any = (model.config, config.held_out + (config.samples or MOST), config.seed)
+    """As `_texts`, of windows of running text, which are known only once the text is read: those of another seed."""
+    wanted: Any = (model.config, config.held_out + (config.samples or MOST), config.seed + 1)
     rows = encode_chosen(training_rows(task, data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
-    held, last = _divided(len(rows), task, config)
-    return rows.select(range(held, last)), rows.select(range(held))
+    held, wanted = _divided(len(rows), task, config)
+    return rows.select(range(held, held + wanted)), rows.select(range(held))
 
 
 def _divided(count: int, task: Task, config: HealConfig) -> tuple[int, int]:
-    """Of so many texts, how many are judged by, and where those end that are learnt from."""
+    """Of so many texts, how many are judged by, and how many of the others are learnt from."""
     if count < 2:
         raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {count}")
     held = min(config.held_out, count // 2)
     wanted = config.samples or max(FEWEST, min(count // 3, MOST))
-    return held, min(held + wanted, count)
+    return held, min(wanted, count - held)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class HealConfig:
     batch_size: int = 32
     accumulate: int = 1
     hidden: float = 10.0
-    patience: int = 3
+    patience: int = 5
     seed: int = 0
     bf16: bool = False
 

@@ -13,7 +13,7 @@ from hf_lowrank.folder.verify import verify
 from tests.launches import make_data, make_model
 from tests.tiny_task import run
 
-FAST = ("--hidden", 0.1, "--rate", 1e-3, "--rate", 3e-4, "--batch-size", 5, "--epochs", 4, "--held-out", 20)
+FAST = ("--hidden", 1, "--rate", 3e-3, "--rate", 3e-4, "--batch-size", 5, "--epochs", 4, "--held-out", 20)
 
 
 @pytest.fixture(scope="module")

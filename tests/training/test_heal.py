@@ -20,7 +20,8 @@ from transformers import (
 
 import hf_lowrank.training.heal as healing
 from hf_lowrank import CompressionConfig, LowRankError, compress
-from hf_lowrank.tasks import get_task, load_validation
+from hf_lowrank.tasks import get_task, load_split, load_validation
+from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.tasks.texts import given_texts, texts_task
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.heal import heal
@@ -35,7 +36,7 @@ FAST: dict[str, Any] = {
     "batch_size": 8,
     "epochs": 4,
     "held_out": 16,
-    "hidden": 0.1,
+    "hidden": 1,
     "progress": False,
 }
 
@@ -210,8 +211,8 @@ def test_an_interrupted_healing_goes_on_to_the_same_weights(
             heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, **options)
     with pytest.raises(LowRankError, match="checkpoints of an interrupted run; resume it"):
         heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, **options)
-    other = options | {"hidden": 1}
-    with pytest.raises(LowRankError, match="checkpoints of a run with hidden 0.1, not 1"):
+    other = options | {"hidden": 2}
+    with pytest.raises(LowRankError, match="checkpoints of a run with hidden 1, not 2"):
         heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, resume=True, **other)
     torch.manual_seed(99)
     for _ in range(2):  # once more from the end, where nothing is left to do
@@ -284,6 +285,14 @@ def test_one_text_is_too_few(tokenizer: Any) -> None:
     model.config.architectures = ["BertForSequenceClassification"]
     with pytest.raises(LowRankError, match="healing takes two texts at least"):
         heal(model, dense(), tokenizer, texts_task(given_texts(["w1"]), model.config), **FAST)
+
+
+def test_it_is_judged_by_texts_that_the_statistics_of_its_seed_are_not_of(data: Path, tokenizer: Any) -> None:
+    task, rows = get_task("cola"), load_split(get_task("cola"), "train", data)
+    measured = encode_chosen(rows, task, tokenizer, dense().config, 40, 0)["input_ids"]
+    learnt, judged = healing._texts(tokenizer, task, data, dense(), HealConfig(held_out=16, samples=44))
+    assert len(judged) == 16
+    assert not any(ids in measured or ids in learnt["input_ids"] for ids in judged["input_ids"])
 
 
 def test_a_third_of_the_texts_is_read_between_two_bounds(
