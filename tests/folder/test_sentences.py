@@ -86,6 +86,7 @@ def test_a_compressed_folder_is_one_of_sentence_transformers(
     assert json.loads(out)["spearman"] == pytest.approx(record["score_compressed"])
 
 
+@pytest.mark.slow
 def test_healing_brings_the_embeddings_nearer(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
