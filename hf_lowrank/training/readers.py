@@ -42,6 +42,9 @@ def read_batch(model: Any, tokenizer: Any, task: Task, batch: dict[str, Any], ro
 
     Args:
         rows: the rows of the batch by column, with what is no input.
+
+    Raises:
+        LowRankError: a task of texts to write, and a model that writes none.
     """
     inputs = {key: value.to(model.device) for key, value in unlabelled(model, batch).items()}
     targets = {key: batch[key] for key in TARGETS if key in batch}
