@@ -63,7 +63,8 @@ def test_compress_and_inspect_speak_of_the_original(
 @pytest.mark.slow
 def test_two_processes_make_what_one_does(place: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
-        words = ["compress", place / "first", *task(place), "--keep", 0.3, "--output", tmp_path / str(processes)]
+        words = ["compress", place / "first", *task(place), "--keep", 0.3, "--no-sequential"]
+        words += ["--output", tmp_path / str(processes)]
         Job(tmp_path / f"job-{processes}", hf_lowrank, *words, processes=processes).done()
     one, two = (record_of(tmp_path / str(processes)) for processes in (1, 2))
     assert [(layer["name"], layer["rank"]) for layer in one["layers"]] == [
