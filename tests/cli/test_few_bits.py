@@ -100,7 +100,7 @@ def test_two_processes_and_a_resumed_job_make_what_one_does(places: Path, tmp_pa
     Job(tmp_path / "log2", hf_lowrank, *words(places, two, *four, "--evaluate"), processes=2).done()
     assert same(one, two)
     job = Job(tmp_path / "log3", hf_lowrank, *words(places, resumed, *four))
-    job.until(tmp_path / "resumed.work").kill()
+    job.until(tmp_path / "resumed.work" / "job.json").kill()
     job.wait()
     Job(tmp_path / "log4", hf_lowrank, *words(places, resumed, *four, "--resume")).done()
     assert same(one, resumed)
@@ -110,7 +110,7 @@ def test_a_resumed_job_has_the_bits_that_it_began_with(
     places: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
 ) -> None:
     job = Job(tmp_path / "log", hf_lowrank, *words(places, tmp_path / "out", "--bits", 4))
-    job.until(tmp_path / "out.work").kill()
+    job.until(tmp_path / "out.work" / "job.json").kill()
     job.wait()
     code, _, error = run(monkeypatch, capfd, *words(places, tmp_path / "out", "--bits", 8, "--resume"))
     assert code == 2
