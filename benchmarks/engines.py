@@ -1,12 +1,12 @@
 """A model, dense and at a fifth of its ranks, in the engines of this machine's CPU → bytes, score and speed of each.
 
 PyTorch runs the model as it is, ONNX Runtime what `export` and `export --int8` write, OpenVINO the same float32 graph
-and what NNCF makes of it in 8 bits, with 128 texts to find the ranges of activations.
+and what NNCF makes of it in 8 bits, with 128 texts to find the ranges of activations. Forms and scores are kept beside
+the JSON, so that a run that ended early goes on there; times are taken at the end, of all forms in turn.
 """
 
 import copy
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,15 +16,24 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from benchmarks.harness import Options, Result, Row, alternate, ratio, repeats_for
+from benchmarks.harness import Lines, Options, Result, Row, alternate, ratio, repeats_for
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
 from hf_lowrank.folder.export import example_inputs, export_onnx
 from hf_lowrank.folder.export_int8 import quantize_onnx
+from hf_lowrank.folder.loading import load_trained
 from hf_lowrank.folder.onnx_runtime import OnnxModel
 from hf_lowrank.pipeline import Pipeline
 
 RANK_RATIO = 0.2
+MODELS = ("dense", "low rank")
+ENGINES = (
+    ("PyTorch", "float32"),
+    ("ONNX Runtime", "float32"),
+    ("ONNX Runtime", "int8"),
+    ("OpenVINO", "float32"),
+    ("OpenVINO", "int8"),
+)
 SHAPES = ((1, 16), (32, 128))  # sequences × tokens that are timed
 Shape = tuple[int, int]
 CALIBRATED = 8  # batches of 16 texts, for OpenVINO's int8
@@ -51,12 +60,13 @@ class OpenVinoModel(nn.Module):
 
 @dataclass(frozen=True)
 class Form:
-    """A model in one engine: its megabytes, and what computes it."""
+    """A model in one engine: its megabytes and score, and what computes it."""
 
     engine: str
     bits: str
     model: str
     megabytes: float
+    score: float
     computed: Any
 
 
@@ -66,17 +76,16 @@ def run(options: Options) -> Result:
         raise LowRankError("engines needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     _require_packages()
     pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        forms = list(all_forms(pipeline, Path(scratch), options.threads))
-        scores = [score(pipeline, form) for form in forms]
-        speeds = {shape: timed(forms, shape, options.rounds) for shape in SHAPES}
-    return result(options, forms, scores, speeds)
+    name = f"{Path(options.model).name}_engines_{options.seed}"
+    (options.output / name).mkdir(parents=True, exist_ok=True)
+    lines = Lines(options.output / f"{name}.jsonl")
+    forms = [form for model in MODELS for form in forms_of(model, pipeline, options.output / name / model, lines)]
+    return result(options, forms, {shape: timed(forms, shape, options.rounds) for shape in SHAPES})
 
 
-def result(options: Options, forms: list[Form], scores: list[float], speeds: dict[Shape, list[str]]) -> Result:
+def result(options: Options, forms: list[Form], speeds: dict[Shape, list[str]]) -> Result:
     """What was measured of every form, in its order."""
-    by_form = ({shape: ratios[n] for shape, ratios in speeds.items()} for n in range(len(forms)))
-    rows = [_row(*measured) for measured in zip(forms, scores, by_form, strict=True)]
+    rows = [_row(form, {shape: ratios[n] for shape, ratios in speeds.items()}) for n, form in enumerate(forms)]
     name = Path(options.model or "").name
     return Result(
         f"Engines: {name}, dense and at {RANK_RATIO:.0%} of the ranks",
@@ -98,32 +107,55 @@ def _require_packages() -> None:
         raise LowRankError(f"{error}: pip install openvino nncf") from error
 
 
-def all_forms(pipeline: Pipeline, scratch: Path, threads: int) -> Iterator[Form]:
-    """Both models in every engine."""
-    dense = pipeline.candidate()
-    small = pipeline.candidate()
-    small.compress(rank_ratio=RANK_RATIO)
-    for name, made in (("dense", dense), ("low rank", small)):
-        yield from forms_of(name, made, scratch / name, threads)
+def forms_of(name: str, pipeline: Pipeline, folder: Path, lines: Lines) -> list[Form]:
+    """One model in every engine, as far as it is not there yet, each with its score."""
+    if not lines.has(model=name):
+        small = pipeline.candidate()
+        if name != "dense":
+            small.compress(rank_ratio=RANK_RATIO)
+        small.model.save_pretrained(folder)
+    small = copy.copy(pipeline)
+    small.model = load_trained(str(folder), pipeline.reading[1]).eval()
+    forms = []
+    for engine, bits in ENGINES:
+        known = {"model": name, "engine": engine, "bits": bits}
+        if not lines.has(**known):
+            size = _written(engine, bits, folder, small)
+            lines.add(**known, megabytes=size, score=score(small, _computed(engine, bits, folder, small)))
+        row = next(row for row in lines.rows() if row.items() >= known.items())
+        forms.append(Form(**row, computed=_computed(engine, bits, folder, small)))
+    return forms
 
 
-def forms_of(name: str, pipeline: Pipeline, folder: Path, threads: int) -> Iterator[Form]:
-    """One model in every engine."""
-    config = pipeline.model.config
-    pipeline.model.save_pretrained(folder)
-    yield Form("PyTorch", "float32", name, weights_bytes(folder) / 1e6, pipeline.model.eval())
-    exact, rounded, ranged = (folder / f"{kind}.onnx" for kind in ("float32", "int8", "ranged"))
-    export_onnx(folder, exact)
-    quantize_onnx(exact, rounded, config)
-    for bits, path in (("float32", exact), ("int8", rounded)):
-        yield Form("ONNX Runtime", bits, name, path.stat().st_size / 1e6, OnnxModel(path, config, threads))
-    yield Form("OpenVINO", "float32", name, exact.stat().st_size / 1e6, OpenVinoModel(exact, config, threads))
-    stored = _in_openvino_int8(exact, ranged.with_suffix(".xml"), pipeline)
-    size = stored.with_suffix(".bin").stat().st_size / 1e6
-    yield Form("OpenVINO", "int8", name, size, OpenVinoModel(stored, config, threads))
+def _written(engine: str, bits: str, folder: Path, pipeline: Pipeline) -> float:
+    """Make the files of a form, if it has own ones; their megabytes."""
+    if engine == "PyTorch":
+        return weights_bytes(folder) / 1e6
+    path = _path(engine, bits, folder)
+    if engine == "ONNX Runtime" and bits == "float32":
+        export_onnx(folder, path)
+    elif engine == "ONNX Runtime":
+        quantize_onnx(_path(engine, "float32", folder), path, pipeline.model.config)
+    elif bits == "int8":
+        _in_openvino_int8(_path(engine, "float32", folder), path, pipeline)
+        path = path.with_suffix(".bin")
+    return path.stat().st_size / 1e6
 
 
-def _in_openvino_int8(source: Path, target: Path, pipeline: Pipeline) -> Path:
+def _path(engine: str, bits: str, folder: Path) -> Path:
+    """Of a form's graph; the one in float32 is both engines'."""
+    return folder / ("openvino-int8.xml" if (engine, bits) == ("OpenVINO", "int8") else f"{bits}.onnx")
+
+
+def _computed(engine: str, bits: str, folder: Path, pipeline: Pipeline) -> Any:
+    """What computes a form."""
+    if engine == "PyTorch":
+        return pipeline.model
+    path, config, threads = _path(engine, bits, folder), pipeline.model.config, torch.get_num_threads()
+    return (OnnxModel if engine == "ONNX Runtime" else OpenVinoModel)(path, config, threads)
+
+
+def _in_openvino_int8(source: Path, target: Path, pipeline: Pipeline) -> None:
     """NNCF's 8 bits of weights and activations."""
     import nncf
     import openvino
@@ -137,16 +169,14 @@ def _in_openvino_int8(source: Path, target: Path, pipeline: Pipeline) -> Path:
         return {name: given[name].numpy() for name in names}
 
     data = nncf.Dataset(list(texts), inputs)
-    openvino.save_model(
-        nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER), target, compress_to_fp16=False
-    )
-    return target
+    rounded = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(rounded, target, compress_to_fp16=False)
 
 
-def score(pipeline: Pipeline, form: Form) -> float:
+def score(pipeline: Pipeline, computed: Any) -> float:
     """Of one form on the validation data."""
     graph = copy.copy(pipeline)
-    graph.model = form.computed
+    graph.model = computed
     return graph.score()["score"]
 
 
@@ -163,7 +193,7 @@ def _call(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     return lambda: model(**inputs)
 
 
-def _row(form: Form, score: float, speeds: dict[Shape, str]) -> Row:
+def _row(form: Form, speeds: dict[Shape, str]) -> Row:
     row = {"engine": form.engine, "bits": form.bits, "model": form.model, "MB": f"{form.megabytes:.1f}"}
-    row |= {"score": f"{score:.2f}"}
+    row |= {"score": f"{form.score:.2f}"}
     return row | {f"speed, {batch} × {length}": speed for (batch, length), speed in speeds.items()}

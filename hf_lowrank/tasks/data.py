@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.predictions import SPAN
 from hf_lowrank.tasks.encoding import encode
+from hf_lowrank.tasks.questions import unfolded
 from hf_lowrank.tasks.task import Task, Texts
 
 FEW_TEXTS, HELD_OUT = 20, 10
@@ -47,7 +48,7 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
 
 
 def load_rows(task: Task, split: str, data_dir: Path | None) -> Dataset:
-    """The rows of a split with all their columns; of translations, a column for each language.
+    """The rows of a split with all their columns; of translations, a column for each language, of questions flat ones.
 
     Raises:
         LowRankError: no such file, or an unreadable or empty one.
@@ -65,6 +66,8 @@ def load_rows(task: Task, split: str, data_dir: Path | None) -> Dataset:
         raise LowRankError(f"the data of {task.name} cannot be read from {source}: {reason(error)}") from error
     if not len(rows):
         raise LowRankError(f"{source} has no rows; {task.name} needs one for {split!r} at least")
+    if task.kind == "question_answering":
+        return unfolded(rows)
     return rows.flatten() if task.kind == "seq2seq" else rows
 
 

@@ -1,7 +1,8 @@
 """Questions, texts that hold the answers, and where → inputs of a model that marks answers; its marks → answers.
 
 The columns are those of SQuAD (Rajpurkar et al., 2016; 2018): `answers` holds lists `text` and `answer_start`, empty
-where the text has no answer. A text that is too long is read in windows that overlap.
+where the text has no answer. Its own files, which nest questions in paragraphs and these in articles, are read too. A
+text that is too long is read in windows that overlap.
 """
 
 import copy
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
@@ -20,6 +22,37 @@ OVERLAP = 128  # tokens that two windows share at most, a quarter of a window wh
 LONGEST = 30  # tokens of an answer
 OUTSIDE = [-1, -1]  # in place of where a token of the question, or a special one, stands in the text
 BESIDE = ("example", "places", "context", "known_answers")  # columns of encoded rows that are no inputs
+
+ROWS = Features(
+    question=Value("string"),
+    context=Value("string"),
+    answers={"text": List(Value("string")), "answer_start": List(Value("int64"))},
+)
+
+
+def unfolded(rows: Dataset) -> Dataset:
+    """The questions of SQuAD's own files, a row each; other rows as they are.
+
+    Raises:
+        LowRankError: an article, a paragraph or a question lacks what SQuAD's have.
+    """
+    articles = [article for nested in rows["data"] for article in nested or []] if "data" in rows.column_names else []
+    if not articles or not isinstance(articles[0], dict) or "paragraphs" not in articles[0]:
+        return rows
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    try:
+        found = [_unfolded(asked, paragraph["context"]) for paragraph in paragraphs for asked in paragraph["qas"]]
+    except (KeyError, TypeError) as error:
+        raise LowRankError(
+            f"the data are nested as SQuAD's, but not all of them: {error!r} where one is read"
+        ) from error
+    return Dataset.from_list(found, features=ROWS)
+
+
+def _unfolded(asked: dict[str, Any], context: str) -> dict[str, Any]:
+    answers = asked.get("answers") or []
+    columns = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+    return {"question": asked["question"], "context": context, "answers": columns}
 
 
 def encode_questions(batch: dict, task: Task, tokenizer: Any, length: int, label_ids: list[int]) -> dict[str, Any]:

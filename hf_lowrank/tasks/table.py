@@ -115,7 +115,10 @@ def task_name(name: str) -> str:
         return found
     near = get_close_matches(_letters(name), spelled, 1)
     meant = f"; did you mean {spelled[near[0]]!r}?" if near else ""
-    raise LowRankError(f"unknown task {name!r}; the tasks are {', '.join(names)}{meant}")
+    raise LowRankError(
+        f"unknown task {name!r}; the tasks are {', '.join(names)}{meant}; anything else, such as sound, takes "
+        "compute_statistics() on batches of your own"
+    )
 
 
 def _letters(name: str) -> str:

@@ -21,17 +21,23 @@ CLASSES: dict[str, Any] = {
     "question_answering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "embedding": modeling_auto.MODEL_MAPPING_NAMES,
 }
-LENGTHS = {"causal_lm": 512, "masked_lm": 512, "question_answering": 384}  # that texts are cut at; 128 of others
+WRITERS: Any = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+# that texts are cut at; 128 of others
+LENGTHS = {"causal_lm": 512, "masked_lm": 512, "question_answering": 384, "seq2seq": 512}
 
 
 def texts_task(texts: Texts, config: PreTrainedConfig) -> Task:
     """The task of reading texts, for the model with this config: as what it was saved as.
 
+    An encoder-decoder reads the first text of a pair, and predicts the tokens of the second, one behind the other.
+
     Raises:
         LowRankError: it is a model of another kind, or of pairs where there are none.
     """
-    kind, source = _kind(config), (texts.name, None)
-    score, length = "perplexity" if kind in ("causal_lm", "masked_lm") else "", LENGTHS.get(kind, 128)
+    kind, source = _kind(config, len(texts.columns) == 2), (texts.name, None)
+    score, length = "perplexity" if kind in ("causal_lm", "masked_lm", "seq2seq") else "", LENGTHS.get(kind, 128)
+    if kind == "seq2seq":
+        return Task("texts", kind, texts.columns[:1], texts.columns[1], source, score, max_length=length, texts=texts)
     if kind == "question_answering" and len(texts.columns) != 2:
         raise LowRankError("a model that marks answers reads pairs of texts: a question, and what holds its answer")
     return Task("texts", kind, texts.columns, None, source, score, max_length=length, texts=texts)
@@ -90,12 +96,17 @@ def _columns(width: int) -> tuple[str, ...]:
     return ("text",) if width == 1 else ("text", "text_pair")
 
 
-def _kind(config: PreTrainedConfig) -> str:
+def _kind(config: PreTrainedConfig, pairs: bool) -> str:
     saved_as = ((config.architectures or [""])[0]).removeprefix("LowRank")
+    writes = saved_as in WRITERS.values()
+    if writes and pairs:
+        return "seq2seq"
     for kind, names in CLASSES.items():
         if saved_as in {name for entry in names.values() for name in ([entry] if isinstance(entry, str) else entry)}:
             regression = config.problem_type == "regression" or config.num_labels == 1
             return "regression" if kind == "classification" and regression else kind
+    if writes:
+        raise LowRankError(f"a {saved_as} takes pairs of texts: what it reads, and what it is to write of it")
     raise LowRankError(
         f"a {saved_as or 'model without a class in config.json'} reads more than texts; give a task, or statistics "
         "measured on batches of your own"

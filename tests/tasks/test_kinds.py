@@ -87,6 +87,7 @@ def masking_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def written(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
     for split in ("train", "validation"):
         lines = "".join(json.dumps(row) + "\n" for row in DATA[name]())
         (folder / f"{split}.jsonl").write_text(lines)
@@ -122,6 +123,28 @@ def naive_fisher(model: PreTrainedModel, batch: dict[str, Any]) -> dict[str, tor
         for name, module in targets.items():
             total[name] += module.weight.grad**2
     return total
+
+
+def test_squads_own_files_are_read_as_rows(tmp_path: Path) -> None:
+    rows = question_rows()
+    asked = [
+        {"id": str(n), "question": row["query"], "is_impossible": not row["answers"]["text"]}
+        | {"answers": [{"text": t, "answer_start": a} for t, a in zip(*row["answers"].values(), strict=True)]}
+        for n, row in enumerate(rows)
+    ]
+    asked[0]["plausible_answers"] = [{"text": "w1", "answer_start": 0}]
+    paragraphs = [{"context": row["passage"], "qas": [question]} for row, question in zip(rows, asked, strict=True)]
+    articles = [{"title": "a", "paragraphs": paragraphs[:3]}, {"title": "b", "paragraphs": paragraphs[3:]}]
+    (tmp_path / "train.json").write_text(json.dumps({"version": "v2.0", "data": articles}))
+    flat = get_task("question-answering", data_dir=written(tmp_path / "flat", "question-answering"))
+    nested = get_task("question-answering", data_dir=tmp_path)
+    known, found = load_split(flat, "train", tmp_path / "flat"), load_split(nested, "train", tmp_path)
+    assert (found["context"], found["question"]) == (known["passage"], known["query"])
+    assert [{**row} for row in found["answers"]] == [{**row} for row in known["answers"]]
+    del paragraphs[4]["context"]
+    (tmp_path / "train.json").write_text(json.dumps({"data": articles}))
+    with pytest.raises(LowRankError, match="nested as SQuAD's, but not all of them: "):
+        get_task("question-answering", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -18,6 +18,7 @@ from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.evaluate import evaluate
 from tests.helpers import bert_config, tiny_bert
 from tests.statistics.test_statistics import token_classifier
+from tests.tasks.test_kinds import bart as tiny_bart
 from tests.tiny_task import WORDS, tiny_tokenizer
 
 TEXTS = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(n % 9 + 2)) for n in range(40)]
@@ -36,6 +37,7 @@ def config_of(architecture: str, **changes: Any) -> BertConfig:
         ("BertLMHeadModel", {}, "causal_lm"),
         ("BertForMaskedLM", {}, "masked_lm"),
         ("BertModel", {}, "embedding"),
+        ("BartForConditionalGeneration", {}, "masked_lm"),
     ],
 )
 def test_the_kind_is_what_the_model_was_saved_as(architecture: str, changes: dict[str, Any], kind: str) -> None:
@@ -47,6 +49,21 @@ def test_other_models_are_refused() -> None:
         texts_task(given_texts(TEXTS), config_of("ViTForImageClassification"))
     with pytest.raises(LowRankError, match="a model that marks answers reads pairs of texts"):
         texts_task(given_texts(TEXTS), config_of("BertForQuestionAnswering"))
+    with pytest.raises(LowRankError, match="a T5ForConditionalGeneration takes pairs of texts: what it reads, and"):
+        texts_task(given_texts(TEXTS), config_of("T5ForConditionalGeneration"))
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+def test_an_encoder_decoder_reads_a_text_and_predicts_the_other(labels: str) -> None:
+    model = tiny_bart()
+    model.config.architectures = ["LowRankBartForConditionalGeneration"]
+    task = texts_task(given_texts([(text, text.split()[0]) for text in TEXTS]), model.config)
+    assert (task.kind, task.text, task.label) == ("seq2seq", ("text",), "text_pair")
+    loader = calibration_loader(model, tiny_tokenizer(), task, batch_size=8, labels=labels)
+    measured = compute_statistics(model, loader, ["fisher_rows"], labels=labels, progress=False)
+    assert measured.samples == 36
+    found = evaluate(model, tiny_tokenizer(), task, progress=False)
+    assert found["score"] == pytest.approx(math.exp(found["loss"]))
 
 
 def test_questions_and_texts_are_enough_to_mark_answers() -> None:
