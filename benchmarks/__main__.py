@@ -125,7 +125,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
-  lm             a small Llama, trained here by lm --train, compressed by every method     hours each
+  lm             a small Llama, trained here by lm --train, compressed by every method     an hour each
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
   tasks          a small model of every kind of task, a third of its ranks kept          about 2 minutes
@@ -242,8 +242,13 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         help="bytes, calibration, labels, profile, residual, convergence: a real model, a folder or a name on the Hub",
     )
-    parser.add_argument("--train", action="store_true", help="lm: train the model, or go on where that was interrupted")
-    parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 60 million)")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="lm: train the model, or go on where that was interrupted: an hour on one core "
+        "with bfloat16 instructions, several without",
+    )
+    parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 6 million)")
     parser.add_argument("--cache", type=Path, help="lm: its text and its model (default: in Hugging Face's cache)")
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument(

@@ -36,9 +36,11 @@ class Recipe:
 
     Args:
         tokens: that it is trained on.
-        warmup: share of the steps in which the learning rate rises.
+        warmup_steps: in which the learning rate rises; at most a tenth of all.
         decay: share of the steps, the last ones, in which it falls to zero: between them it is constant, so that a
             training can be made longer while it runs.
+        bf16: whether products are computed in bfloat16, the weights in float32: on every machine alike, 1.6 times as
+            fast as float32 on a CPU that has instructions for it, and slower on others.
     """
 
     corpus: Corpus = field(default_factory=Corpus)
@@ -49,11 +51,12 @@ class Recipe:
     key_value_heads: int = 2
     length: int = 512
     batch: int = 4
-    tokens: int = 60_000_000
+    tokens: int = 6_000_000
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     decay: float = 0.2
     seed: int = 0
+    bf16: bool = True
 
     @property
     def steps(self) -> int:
@@ -119,7 +122,7 @@ def train(folder: Path, recipe: Recipe, minutes: float = MINUTES, progress: bool
         recipe.batch,
         recipe.learning_rate,
         recipe.seed,
-        bf16=False,
+        bf16=recipe.bf16,
         max_steps=recipe.steps,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": round(recipe.decay * recipe.steps), "decay_type": "1-sqrt"},

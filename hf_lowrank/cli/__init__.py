@@ -2,8 +2,8 @@
 
 # ruff: noqa: I001  # commands appear in --help in this order
 from hf_lowrank.cli.app import app, main
-from hf_lowrank.cli import demo, analyze, sweep, compress, shrink, heal, finetune, experiment, evaluate, inspect, verify
-from hf_lowrank.cli import bench, quantize, densify, card, push, export, statistics, methods
+from hf_lowrank.cli import demo, analyze, sweep, compress, shrink, narrow, heal, finetune, experiment, evaluate, inspect
+from hf_lowrank.cli import verify, bench, quantize, densify, card, push, export, statistics, methods
 
 __all__ = [
     "analyze",
@@ -21,6 +21,7 @@ __all__ = [
     "inspect",
     "main",
     "methods",
+    "narrow",
     "push",
     "quantize",
     "shrink",

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.checks import quantizer_of, refuse_adapter
 from hf_lowrank.solvers.nystrom import nystrom
 from hf_lowrank.statistics import Statistics
 
@@ -26,19 +27,57 @@ def narrow(model: PreTrainedModel, statistics: Statistics, width: int) -> PreTra
         width: inner channels of every MLP.
 
     Raises:
-        LowRankError: no such MLPs, of different widths, or factorized; the statistics lack them; a width out of range.
+        LowRankError: as `gated_mlps`; the statistics lack them; a width out of range.
     """
-    found = {name: module for name, module in model.named_modules() if all(hasattr(module, part) for part in PARTS)}
-    widths = {module.down_proj.in_features for module in found.values()}
-    plain = all(type(getattr(module, part)) is nn.Linear for module in found.values() for part in PARTS)
-    if not plain or len(widths) != 1:
-        reason = "MLPs of different widths" if plain and found else "no MLPs of plain gate_proj, up_proj and down_proj"
-        raise LowRankError(f"a {type(model).__name__} with {reason} cannot be made narrower; factorize it instead")
+    found = gated_mlps(model)
     solved = {name: nystrom(statistics.mean("activation_moment", f"{name}.down_proj"), width) for name in found}
     for name, module in found.items():
         _narrow_mlp(module, *solved[name])
     model.config.get_text_config().intermediate_size = width
     return model
+
+
+def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
+    """The MLPs of gate_proj, up_proj and down_proj by name, if they can be made narrower together.
+
+    Raises:
+        LowRankError: there are none, or of different widths; a layer is factorized or quantized; there is an adapter.
+    """
+    refuse_adapter(model)
+    found = {name: module for name, module in model.named_modules() if all(hasattr(module, part) for part in PARTS)}
+    layers = {f"{name}.{part}": getattr(module, part) for name, module in found.items() for part in PARTS}
+    other = next((name for name, layer in layers.items() if type(layer) is not nn.Linear), None)
+    if other is not None or quantizer_of(model) is not None:
+        changed = f"{other} is a {type(layers[other]).__name__}" if other is not None else "its weights are quantized"
+        raise LowRankError(
+            f"this {type(model).__name__} cannot be made narrower, as {changed}: narrow the dense model that it was "
+            "made from, and factorize or quantize what becomes of it"
+        )
+    widths = {module.down_proj.in_features for module in found.values()}
+    if len(widths) != 1:
+        reason = "MLPs of different widths" if found else "no MLPs of gate_proj, up_proj and down_proj"
+        raise LowRankError(f"a {type(model).__name__} with {reason} cannot be made narrower; factorize it instead")
+    return found
+
+
+def width_for(model: PreTrainedModel, keep: float, align: int = 1) -> int:
+    """The inner channels of an MLP that are at most a share of those it has: a multiple of `align`, or all.
+
+    Args:
+        model: as in `narrow`.
+        keep: the share, of the channels and so of the weights of these MLPs.
+        align: engines and GPUs like multiples of 64 or more.
+
+    Raises:
+        LowRankError: as `gated_mlps`; the share is none, or leaves nothing.
+    """
+    if not 0 < keep <= 1:
+        raise LowRankError(f"keep is a share of the MLPs' channels, in (0, 1], such as 0.8; it is {keep}")
+    width = next(iter(gated_mlps(model).values())).down_proj.in_features
+    kept = width if keep == 1 else int(keep * width + 1e-6) // align * align
+    if not kept:
+        raise LowRankError(f"{keep:.0%} of {width} channels are fewer than align, {align}: keep more, or align by less")
+    return kept
 
 
 @torch.no_grad()

@@ -65,5 +65,5 @@ def test_what_cannot_be_narrower_is_refused() -> None:
     measured = statistics(model)
     with pytest.raises(LowRankError, match="of 64 channels 1 to 64 can be kept, not 65"):
         narrow(model, measured, 65)
-    with pytest.raises(LowRankError, match="BertForSequenceClassification with no MLPs of plain gate_proj, up_proj"):
+    with pytest.raises(LowRankError, match="BertForSequenceClassification with no MLPs of gate_proj, up_proj and"):
         narrow(tiny_bert(), measured, 8)
