@@ -92,10 +92,15 @@ def narrow_command(context: typer.Context, model: ModelArgument, given: NarrowOp
 
 def _narrowed(model: str, task: "Task", given: NarrowOptions) -> tuple["Pipeline", dict[str, Any]]:
     """The model called `model` with narrower MLPs, and what became of its parameters."""
+    from accelerate import PartialState
+
     from hf_lowrank.cli.work import check_memory, work_folder
+    from hf_lowrank.compression.memory import skeleton
     from hf_lowrank.compression.narrow import LAYERS, NEEDS, gated_mlps, narrow, width_for
     from hf_lowrank.pipeline import Pipeline
 
+    if (empty := skeleton(model, task, PartialState().device)) is not None:
+        width_for(empty, given.keep, given.align)  # raises, before weights are read
     layers = LayerOptions(include=[*LAYERS])
     _, place = check_memory(model, task, NEEDS, layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
