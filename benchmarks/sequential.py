@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 
 from benchmarks.harness import Options, Result, Row, mean_of
-from benchmarks.study import SAMPLES, SEEDS, Figures, Study
+from benchmarks.study import SEEDS, Figures, Study
 from hf_lowrank import CompressionConfig
 from hf_lowrank.jobs.progress import bar
 
@@ -27,13 +27,14 @@ def run(options: Options) -> Result:
             found.setdefault((variant, ratio), []).append(figures)
             shown.update()
     rows = [_row(study, variant, ratio, found) for ratio in RATIOS for variant in VARIANTS]
-    seconds = fmean(study.statistics("model", seed)[1] for seed in SEEDS)
+    measured = [study.statistics("model", seed) for seed in SEEDS]
+    seconds, samples = fmean(each for _, each in measured), measured[0][0].samples
     return Result(
         f"{study.task.score} on {study.task.name} without fine-tuning; dense {study.dense:.2f}",
         rows,
         [
-            f"kfac with greedy ranks by statistics of {SAMPLES} samples, which take {seconds:.0f} CPU seconds; before: "
-            f"by the labels of the data, inputs not centred, {SAMPLES_BEFORE} samples. Means ± standard errors over "
+            f"kfac with greedy ranks by statistics of {samples:,} samples, which take {seconds:.0f} CPU seconds. "
+            f"Before: labels of the data, inputs not centred, {SAMPLES_BEFORE} samples. Means ± standard errors over "
             f"seeds {', '.join(map(str, SEEDS))} of the calibration, without ± seed {SEEDS[0]}. From dense: "
             f"{found[next(iter(found))][0]['measure']}; × is the mean as a share of the first line's."
         ],

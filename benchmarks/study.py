@@ -18,7 +18,6 @@ from hf_lowrank.statistics.batches import Marks
 from hf_lowrank.statistics.labels import Labels
 from hf_lowrank.tasks import get_task, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader
-from hf_lowrank.tasks.table import SAMPLES
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.evaluate import evaluate_splits
 
@@ -57,16 +56,16 @@ class Study:
             known = self.lines.rows()[-1:]
         return known[-1]
 
-    def samples(self, labels: str, seed: int, samples: int = SAMPLES) -> DataLoader:
-        """Calibration samples."""
+    def samples(self, labels: str, seed: int, samples: int | None = None) -> DataLoader:
+        """Calibration samples, as many as are enough unless said."""
         rest: Any = (self.data_dir, samples, BATCH_SIZE, seed, labels)
         return calibration_loader(self.model, self.tokenizer, self.task, *rest)
 
     def statistics(
-        self, labels: str | Labels, seed: int, kind: str = "", samples: int = SAMPLES
+        self, labels: str | Labels, seed: int, kind: str = "", samples: int | None = None
     ) -> tuple[Statistics, float]:
         """What kfac needs, by these labels, called `kind`, and the CPU seconds that measuring it took."""
-        place = self.folder / "statistics" / f"{self.name}-{kind or labels}-{seed}-{samples}"
+        place = self.folder / "statistics" / f"{self.name}-{kind or labels}-{seed}-{samples or 'enough'}"
         if not place.is_dir():
             started, rows = time.process_time(), self.samples("data" if labels == "data" else "model", seed, samples)
             marks = self.marks[kind or str(labels), seed] = Marks()

@@ -22,8 +22,8 @@ print("dense:", classifier.score()["score"])
 # %% [markdown]
 # ## Measure and compress
 #
-# `keep_model=0.6` keeps 60% of the parameters of the whole model. Statistics are of 1,024 training samples: one
-# pass forward and back for each.
+# `keep_model=0.6` keeps 60% of the parameters of the whole model. Statistics are of one to two thousand training
+# samples, more of short texts and wide models: one pass forward and back for each.
 
 # %%
 report = classifier.compress(keep_model=float(os.environ.get("KEEP", "0.6")))

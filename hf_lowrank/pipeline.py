@@ -44,7 +44,7 @@ from hf_lowrank.statistics.labels import Labels, ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
 from hf_lowrank.tasks.calibration import calibration_loader, data_digest
 from hf_lowrank.tasks.data import data_name
-from hf_lowrank.tasks.table import SAMPLES
+from hf_lowrank.tasks.enough import enough_in_words
 from hf_lowrank.tasks.task import KINDS, Texts
 from hf_lowrank.tasks.texts import given_texts, read_texts, texts_task
 from hf_lowrank.training.divergence import Divergence, Reference
@@ -66,7 +66,7 @@ class Pipeline:
         data_dir: a folder with train and validation files; None for the Hub's.
         name: what records call the model: a Hub name, or the last part of a folder's path.
         seed: which training rows statistics are measured on.
-        samples: how many.
+        samples: how many; None for as many as the model takes (see `enough_samples`).
         batch_size: how many at a time; of speed and memory, not of the result.
         labels: whose labels statistics are by, "data" or "model"; None for the method's own, or the model's where the
             task has none.
@@ -92,7 +92,7 @@ class Pipeline:
     data_dir: Path | None = None
     name: str = ""
     seed: int = 0
-    samples: int = SAMPLES
+    samples: int | None = None
     batch_size: int = 16
     labels: str | None = None
     dtype: torch.dtype | None = None
@@ -158,7 +158,8 @@ class Pipeline:
         """What statistics are measured on, in plain words."""
         _, task = self.reading
         data = data_name(task, self.data_dir)
-        return {"model": self.name, "task": task.name, "data": data, "split": task.training, "seed": self.seed}
+        known = {"model": self.name, "task": task.name, "data": data, "split": task.training, "seed": self.seed}
+        return known if self.samples is not None else known | {"enough": enough_in_words(self.model, task)}
 
     @property
     def reading(self) -> tuple[PreTrainedTokenizerBase, Task]:
@@ -195,11 +196,11 @@ class Pipeline:
         """
         return self.rows(self.samples, self.labels or "data")
 
-    def rows(self, samples: int, labels: str = "data") -> DataLoader:
+    def rows(self, samples: int | None, labels: str = "data") -> DataLoader:
         """As `calibration`, of another number of training rows, and by whose labels they are to be used.
 
         Args:
-            samples: how many rows.
+            samples: how many rows; None for as many as the model takes.
             labels: "data" or "model".
         """
         tokenizer, task = self.reading

@@ -17,7 +17,7 @@ from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.jobs.settings import check_choice
 from hf_lowrank.solvers.family import COMPARED, DEFAULT_GAUGE, METHODS, OPTIMIZER_NAMES, get_method
 from hf_lowrank.statistics.names import LABELS
-from hf_lowrank.tasks.table import NAMES, SAMPLES, get_task
+from hf_lowrank.tasks.table import NAMES, SAMPLES, WINDOWS, get_task
 
 if TYPE_CHECKING:
     from hf_lowrank.tasks.task import Task
@@ -180,7 +180,14 @@ class DataOrTexts(DataOptions):
 class CalibrationOptions:
     """What statistics are measured on: the fields of `Pipeline` of these names."""
 
-    samples: Annotated[int, typer.Option(min=1, help="Training samples that statistics are measured on.")] = SAMPLES
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Training samples that statistics are measured on. Default: as many as give each input of the widest "
+            f"layer 25 tokens, and {SAMPLES:,} at least, of a language model {WINDOWS}.",
+        ),
+    ] = None
     batch_size: BatchOption = 16
     seed: Annotated[int, typer.Option(help="Which training samples are chosen.")] = 0
 

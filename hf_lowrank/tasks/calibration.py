@@ -15,7 +15,7 @@ from hf_lowrank.jobs.settings import check_seed
 from hf_lowrank.tasks import Task, collator
 from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen
-from hf_lowrank.tasks.table import SAMPLES
+from hf_lowrank.tasks.enough import enough_samples
 from hf_lowrank.tasks.windows import rows_at_once
 
 
@@ -24,12 +24,14 @@ def calibration_loader(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     data_dir: Path | None = None,
-    samples: int = SAMPLES,
+    samples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     labels: str = "data",
 ) -> DataLoader:
     """Batches of `samples` rows (all, if there are fewer) of the training split, chosen by `seed`.
+
+    None takes as many as `enough_samples` says.
 
     Of running text a sample is a window of it (see `tasks.windows`), and batches have fewer of them. Under several
     processes each gets its own share. Longest first: batches need little padding, memory is highest at once, and the
@@ -39,10 +41,12 @@ def calibration_loader(
         LowRankError: the data cannot be read or lack what the task needs.
     """
     check_seed(seed)
-    if samples < 1 or batch_size < 1:
+    if (samples is not None and samples < 1) or batch_size < 1:
         raise LowRankError(f"samples and batch_size must be at least 1; they are {samples} and {batch_size}")
     task = task.without_labels() if labels == "model" else task
-    chosen = encode_chosen(training_rows(task, data_dir), task, tokenizer, model.config, samples, seed)
+    rows = training_rows(task, data_dir)
+    count = enough_samples(model, tokenizer, task, rows, seed) if samples is None else samples
+    chosen = encode_chosen(rows, task, tokenizer, model.config, count, seed)
     longest_first = chosen.select(range(len(chosen) - 1, -1, -1))
     state = PartialState()  # no row twice, none left out, long and short ones for everyone
     share = longest_first.shard(state.num_processes, state.process_index, contiguous=False)

@@ -100,7 +100,9 @@ TASKS = {
 
 NAMES = (*TASKS, "custom")
 
-SAMPLES = 1024  # training rows that statistics are measured on, unless said otherwise
+# The least that statistics are measured on, unless it is said: training rows, and texts or windows of a language model.
+SAMPLES = 1024
+WINDOWS = 128
 
 
 def task_name(name: str) -> str:

@@ -44,7 +44,7 @@ def test_a_file_of_texts_is_enough(
     assert found["mean"] > 0
     assert ("cosine" in found) == (model == "encoder")
     assert found["measure"] in (tmp_path / "small/README.md").read_text()
-    assert "without their labels (drawn from the model)" in (tmp_path / "small/README.md").read_text()
+    assert "without their labels (by what the model itself expects)" in (tmp_path / "small/README.md").read_text()
     compared = ["evaluate", tmp_path / "small", "--texts", place / "texts.txt", "--against", place / model, "--json"]
     code, out, error = run(monkeypatch, capfd, *compared)
     assert code == 0, error

@@ -40,7 +40,7 @@ class Run:
         layers = {key: self.budget[key] for key in ("include", "exclude") if self.budget.get(key)}
         chosen = [hashlib.blake2b(repr(layers).encode(), digest_size=4).hexdigest()] if layers else []
         chosen += [f"labels-{self.statistics['labels']}"] if "labels" in self.statistics else []
-        return "--".join([self.dense.name, str(self.statistics["samples"]), *chosen])
+        return "--".join([self.dense.name, str(self.statistics["samples"] or "enough"), *chosen])
 
     @property
     def finetuned_name(self) -> str:

@@ -8,12 +8,12 @@ import yaml
 
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.tasks.table import SAMPLES, task_name
+from hf_lowrank.tasks.table import task_name
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.settings import FinetuneConfig
 
 Settings = dict[str, Any]
-STATISTICS = {"samples": SAMPLES, "batch_size": 16}
+STATISTICS: dict[str, int | None] = {"samples": None, "batch_size": 16}  # None: as many as are enough
 DISTILLATION = tuple(each.name for each in fields(Distillation) if each.name != "teacher")
 PATHS = {1: "a compact model, fine-tuned", 2: "a large model, factorized", 3: "a compact model, factorized further"}
 
@@ -165,7 +165,8 @@ def _check_values(experiment: Experiment) -> None:
             raise LowRankError(f"the seed {seed!r} is not a whole number")
     if experiment.table not in (1, 2, 3):
         raise LowRankError(f"table is {experiment.table!r}; there are 1, 2 and 3")
-    if not all(isinstance(value, int) and value >= 1 for value in experiment.statistics.values()):
+    given = {name: value for name, value in experiment.statistics.items() if value is not STATISTICS[name]}
+    if not all(isinstance(value, int) and value >= 1 for value in given.values()):
         raise LowRankError(f"statistics are {experiment.statistics}; they must be whole numbers, at least 1")
     for budget in experiment.budgets:
         _check_keys(budget, [each.name for each in fields(CompressionConfig) if each.name != "method"], "a budget")
