@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 CHOSEN, NEAREST = "chosen by layer", "int4, to the nearest"
 FORMS = ("float32", "int8", "int4")
+STORED_IN = torch.float16  # what is not rounded
 TO_NEAREST = ("dense", "10%")  # the models that are rounded so too
 
 
@@ -65,7 +66,9 @@ class Study:
         if options.model is None or options.task is None:
             raise LowRankError("bytes needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
         rest: Any = {"seed": options.seed, "progress": False, "quantization": Quantization()}
-        return cls(options, Pipeline.load(options.model, options.task, options.data_dir, **rest))
+        pipeline = Pipeline.load(options.model, options.task, options.data_dir, **rest)
+        pipeline.dtype = STORED_IN
+        return cls(options, pipeline)
 
     @functools.cached_property
     def statistics(self) -> Statistics:
@@ -129,7 +132,7 @@ class Study:
             few = 8 if form in ("int8", CHOSEN) else 4
             embeddings = few if isinstance(model, LowRankMixin) else 8  # transformers could not load fewer
             solver = None if form == NEAREST else solver_for_codes(model, "kfac", self.statistics)
-            quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, torch.float16)
+            quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, STORED_IN)
         model.save_pretrained(folder)
         self.pipeline.reading[0].save_pretrained(folder)
         return remembering(load_model(str(folder), self.pipeline.reading[1])[0])

@@ -294,6 +294,7 @@ class Pipeline:
             LowRankError: as `Work.open`.
         """
         known = {"task": self.task and self.task.name, "batch_size": self.batch_size, "labels": self.labels}
+        known |= {"dtype": self.dtype and str(self.dtype)}
         samples = data_digest(self.calibration) if measures and statistics is None else None
         key = {
             "model": model_digest(self.model),
@@ -394,7 +395,7 @@ class Pipeline:
         config = self.settled(config or CompressionConfig(**settings))
         measured = statistics or self.statistics(config)
         profile = profile or self.profile(config, measured)
-        rest: Any = {"work": self.work, "profile": profile, **self._rows_again(config, measured)}
+        rest: Any = {"work": self.work, "profile": profile, "dtype": self.dtype, **self._rows_again(config, measured)}
         self.model, self.report = compress(self.model, config, measured, self.progress, **rest)
         self.known = measured if self._rounds(config) else None
         return self.report

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +46,7 @@ def compress(
     batches: Iterable[Batch] | Marks | None = None,
     labels: str | Labels | None = None,
     weighing: Weighing | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Factorize the targeted linears of `model` in place, and return it as a low-rank model, with a report.
 
@@ -70,6 +72,7 @@ def compress(
             measuring the statistics took note of, they need not be run once more to find their active tokens.
         labels: whose labels the losses of `batches` are by, as in `compute_statistics`; None for the statistics' own.
         weighing: of this very model by `weighing_for`, for several budgets of it; None makes one.
+        dtype: in which the model will be saved, by which a budget in bytes is priced; None for its own.
 
     Under several processes each factorizes its share of the layers, and all end with the same model. A model wrapped in
     DistributedDataParallel is taken out of it.
@@ -104,7 +107,7 @@ def compress(
     if config.budget.kind == "bytes":
         weighed = {name: target for name, target in targets.items() if name not in left}
         stored = _decided(
-            lambda: {n: asdict(s) for n, s in choose_stored(model, solver, config, weighed).items()}, work
+            lambda: {n: asdict(s) for n, s in choose_stored(model, solver, config, weighed, dtype).items()}, work
         )
         decided, bits = ({name: stored[name][what] for name in stored} for what in ("rank", "bits"))
     else:

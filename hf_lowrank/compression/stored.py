@@ -36,24 +36,28 @@ def with_embeddings(model: PreTrainedModel, config: CompressionConfig) -> Compre
 
 
 def choose_stored(
-    model: PreTrainedModel, solver: LayerSolver, config: CompressionConfig, weighed: Mapping[str, Target]
+    model: PreTrainedModel,
+    solver: LayerSolver,
+    config: CompressionConfig,
+    weighed: Mapping[str, Target],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Stored]:
-    """How every layer of `weighed` is kept.
+    """How every layer of `weighed` is kept, with scales and what is not rounded in `dtype`, or the model's.
 
     Raises:
         LowRankError: a layer is of a kind that is not packed, or was factorized before.
         ImpossibleBudget: no ranks and bits meet the budget, or nothing would be factorized; it gives the range.
     """
-    layers, scale_bytes = packable(model), model.dtype.itemsize
+    layers, itemsize = packable(model), (dtype or model.dtype).itemsize
     choices, meanings = {}, {}
     for name, target in weighed.items():
         _refuse_others(target)
         weight: Any = target.module.weight
-        dense = None if name in layers else weight.nbytes
-        packed = Packed(target.shape, target.kind == "embedding", scale_bytes, dense)
+        dense = None if name in layers else weight.numel() * itemsize
+        packed = Packed(target.shape, target.kind == "embedding", itemsize, dense)
         loss, ranks = solver.rounded_loss(name), config.spread.ranks(target.shape)
         choices[name], meanings[name] = byte_choices(packed, ranks, loss)
-    others = _other_bytes(model, weighed)
+    others = _other_bytes(model, weighed, itemsize)
     least, most = others + cheapest(choices), others + dearest(choices)
     if not least <= config.budget.value <= most:
         raise ImpossibleBudget(
@@ -73,7 +77,7 @@ def _refuse_others(target: Target) -> None:
         )
 
 
-def _other_bytes(model: PreTrainedModel, weighed: Mapping[str, Target]) -> float:
+def _other_bytes(model: PreTrainedModel, weighed: Mapping[str, Target], itemsize: int) -> float:
     """Of all that is not the weight of a weighed layer: biases, norms, layers that are not targeted, headers."""
     rounded = {id(layer.weight): layer for layer in packable(model).values()}
     left = {id(target.module.weight) for target in weighed.values()}
@@ -83,8 +87,8 @@ def _other_bytes(model: PreTrainedModel, weighed: Mapping[str, Target]) -> float
         if id(parameter) in left:
             continue
         if layer is None:
-            total += parameter.nbytes + HEADER
+            total += parameter.numel() * itemsize + HEADER
         else:
             shape = torch.Size(layer.weight.shape)
-            total += Packed((shape[0], shape[1]), False, parameter.itemsize).bytes(Stored(None, OTHERS)) + 3 * HEADER
+            total += Packed((shape[0], shape[1]), False, itemsize).bytes(Stored(None, OTHERS)) + 3 * HEADER
     return total

@@ -66,21 +66,23 @@ def wide_bert() -> Any:
     return tiny_bert(vocab_size=2000, hidden_size=64, intermediate_size=128, num_attention_heads=2)
 
 
-def small(model: Any, budget: float | str) -> tuple[Any, Any]:
+def small(model: Any, budget: float | str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model within the budget, embedding included, and the report."""
     config = with_embeddings(model, CompressionConfig(bytes=budget))
     batches = [{"input_ids": token_ids(seed), "labels": torch.tensor([0, 1, 0])} for seed in range(6)]
     statistics = compute_statistics(model, batches, config.needs, include=config.include, progress=False)
-    return compress(model, config, statistics, progress=False)
+    return compress(model, config, statistics, progress=False, dtype=dtype)
 
 
 @pytest.mark.skipif(not HAS_QUANTIZERS, reason="compressed-tensors is not installed")
-@pytest.mark.parametrize("budget", [120_000, 180_000, 250_000])
-def test_the_file_has_the_bytes_that_were_asked_for(budget: int, tmp_path: Path) -> None:
-    model, report = small(wide_bert(), budget)
+@pytest.mark.parametrize(
+    ("budget", "dtype"), [(120_000, None), (180_000, None), (250_000, None), (150_000, torch.float16)], ids=str
+)
+def test_the_file_has_the_bytes_that_were_asked_for(budget: int, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    model, report = small(wide_bert(), budget, dtype)
     assert "bert.embeddings.word_embeddings" in report.bits
     assert set(report.bits.values()) <= {4, 8}
-    quantize_(model, Quantization(), report.bits)
+    quantize_(model, Quantization(), report.bits, dtype=dtype)
     model.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     assert 0.85 * budget < size <= budget
