@@ -294,12 +294,11 @@ class Pipeline:
             LowRankError: as `Work.open`.
         """
         known = {"task": self.task and self.task.name, "batch_size": self.batch_size, "labels": self.labels}
-        known |= {"dtype": self.dtype and str(self.dtype)}
         samples = data_digest(self.calibration) if measures and statistics is None else None
         key = {
             "model": model_digest(self.model),
             "data": statistics_digest(statistics) if statistics is not None else samples,
-            "settings": {**settings, **known},
+            "settings": {**settings, **known, "dtype": self.dtype and str(self.dtype)},
             "seed": self.seed,
             "versions": versions(),
         }

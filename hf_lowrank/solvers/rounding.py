@@ -22,6 +22,9 @@ Coupling = tuple[Tensor, Tensor] | None
 # What is outside of a tile of so many rows and columns counts by products of matrices; narrow ones have all rows.
 TILE, NARROW = 128, 32
 
+# Of how many weights the scales are looked for at once, so that they stay in the processor's cache.
+CACHED = 2**16
+
 # Ranges that a clipped grid tries, as shares of the largest weight's.
 SHRINKS = torch.linspace(1.0, 0.6, 17)
 
@@ -92,13 +95,23 @@ class Grid:
     def _clipped(self, weight: Tensor) -> Tensor:
         """The scales of least squared error, of `SHRINKS` [out, groups]."""
         rows = self._grouped(weight.float())
+        return torch.cat([self._best(part) for part in rows.split(max(1, CACHED // rows.shape[1:].numel()))]).to(
+            weight.dtype
+        )
+
+    def _best(self, rows: Tensor) -> Tensor:
+        """The same for entries [out, groups, size]."""
         widest = rows.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float16).tiny) / (self.top + 0.5)
         best, least = widest, torch.full_like(widest, torch.inf)
         for shrink in SHRINKS.tolist():
             scale = widest * shrink
-            error = (rows - (rows / scale).round().clamp(self.bottom, self.top) * scale).square().sum(2, keepdim=True)
+            error = (
+                (rows - (rows / scale).round_().clamp_(self.bottom, self.top).mul_(scale))
+                .square_()
+                .sum(2, keepdim=True)
+            )
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        return best.squeeze(2).to(weight.dtype)
+        return best.squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -162,38 +175,68 @@ def round_with_moments(
     for rows in _blocks(len(values), len(values) if across is None else TILE):
         above = None if across is None else across[: rows.start, rows].T @ made[: rows.start]
         for columns in _blocks(values.shape[1], NARROW if across is None else TILE):
-            tile = rows, columns
-            _round_tile(
-                Tile(values[tile], steps[tile], kept[tile], codes[tile], change[tile], made[tile]),
-                None if across is None or above is None else (across[rows, rows], above[:, columns]),
-                None
-                if along is None
-                else (along[columns, columns], change[rows, : columns.start] @ along[: columns.start, columns]),
-                grid,
-            )
+            own = rows, columns
+            tile = Tile(values[own], steps[own], kept[own], codes[own], change[own], made[own])
+            left = None
+            if along is not None:
+                left = along[columns, columns], change[rows, : columns.start] @ along[: columns.start, columns]
+            if across is None or above is None:
+                _round_columns(tile, left, grid)
+            else:
+                _round_tile(tile, (across[rows, rows], above[:, columns]), left, grid)
     return Rounded(codes.to(torch.int8), nearest.scales, grid)
 
 
-def _round_tile(tile: "Tile", across: Coupling, along: Coupling, grid: Grid) -> None:
-    """Round one part of a matrix, whose `codes`, `change` and `made` are written, given what was made before it.
+def _round_columns(tile: "Tile", along: Coupling, grid: Grid) -> None:
+    """Round one part of a matrix whose rows do not depend on each other, one column after the other.
 
-    A coupling is a triangle among the rows or columns of the tile, and what those before it make of every entry; None
-    where they do not depend on each other.
+    Its `codes` and `change` are written. A coupling is a triangle among the columns of the tile, and what those before
+    it make of every entry; None where they do not depend on each other.
     """
-    for rows, columns in _wavefronts(tile.values.shape, coupled=across is not None):
-        before = torch.zeros_like(tile.values[rows, columns])
+    values, steps, kept, codes = (part.T.contiguous() for part in (tile.values, tile.steps, tile.kept, tile.codes))
+    change = torch.zeros_like(values)  # [columns, rows], as all here: what is read at once is in one place
+    for column in range(len(values)):
+        feedback = torch.zeros_like(values[column])
         if along is not None:
             triangle, earlier = along
-            before = earlier[rows, columns] + (tile.change[rows] * triangle[:, columns].T).sum(dim=1)
-        feedback = before
-        if across is not None:
-            triangle, earlier = across
-            feedback = before + earlier[rows, columns] + (tile.made[:, columns] * triangle[:, rows]).sum(dim=0)
-        value, step, fixed = tile.values[rows, columns], tile.steps[rows, columns], tile.kept[rows, columns]
-        free = ((value - feedback) / step).round().clamp(grid.bottom, grid.top)
-        chosen = torch.where(fixed, tile.codes[rows, columns], free)
-        tile.codes[rows, columns], tile.change[rows, columns] = chosen, chosen * step - value
-        tile.made[rows, columns] = tile.change[rows, columns] + before
+            feedback = earlier[:, column] + triangle[:column, column] @ change[:column]
+        free = ((values[column] - feedback) / steps[column]).round_().clamp_(grid.bottom, grid.top)
+        codes[column] = torch.where(kept[column], codes[column], free)
+        change[column] = codes[column] * steps[column] - values[column]
+    tile.codes.copy_(codes.T)
+    tile.change.copy_(change.T)
+
+
+def _round_tile(tile: "Tile", across: tuple[Tensor, Tensor], along: Coupling, grid: Grid) -> None:
+    """Round one part of a matrix whose rows depend on each other, one antidiagonal after the other.
+
+    Its `codes`, `change` and `made` are written. A coupling is a triangle among the rows or columns of the tile, and
+    what those before it make of every entry. With the columns turned round antidiagonals are diagonals, and so views.
+    """
+    rows, columns = tile.values.shape
+    values, steps, kept, codes = (part.flip(1) for part in (tile.values, tile.steps, tile.kept, tile.codes))
+    change, made = torch.zeros_like(values), torch.zeros_like(values.T)  # [rows, columns], [columns, rows]
+    among_rows, from_rows = across[0].T.contiguous(), across[1].flip(1)
+    among_columns, from_columns = None, torch.zeros_like(values)
+    if along is not None:
+        among_columns, from_columns = along[0].flip(0, 1).T.contiguous(), along[1].flip(1)
+    for turn in range(rows + columns - 1):
+        shift = columns - 1 - turn  # of the diagonal
+        own = slice(max(0, -shift), min(rows, turn + 1))
+        turned = slice(own.start + shift, own.stop + shift)
+        before = from_columns.diagonal(shift)
+        if among_columns is not None:
+            before = before + torch.linalg.vecdot(change[own], among_columns[turned])
+        feedback = before + from_rows.diagonal(shift) + torch.linalg.vecdot(made[turned], among_rows[own])
+        value, step, code = values.diagonal(shift), steps.diagonal(shift), codes.diagonal(shift)
+        free = ((value - feedback) / step).round_().clamp_(grid.bottom, grid.top)
+        code.copy_(torch.where(kept.diagonal(shift), code, free))
+        changed = code * step - value
+        change.diagonal(shift).copy_(changed)
+        made.diagonal(-shift).copy_(changed + before)
+    tile.codes.copy_(codes.flip(1))
+    tile.change.copy_(change.flip(1))
+    tile.made.copy_(made.T.flip(1))
 
 
 def unit_upper(moment: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -217,11 +260,3 @@ def unit_upper(moment: Tensor) -> tuple[Tensor | None, Tensor]:
 
 def _blocks(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
-
-
-def _wavefronts(shape: torch.Size, coupled: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, columns) of the entries of a matrix that are rounded at once: columns, or antidiagonals where coupled."""
-    start = torch.arange(shape[0]) * int(coupled)
-    for turn in range(shape[1] + int(start[-1])):
-        rows = ((turn >= start) & (turn < start + shape[1])).nonzero()[:, 0]
-        yield rows, turn - start[rows]
