@@ -15,7 +15,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.model.packable import packable
 from hf_lowrank.model.targets import find_targets
-from hf_lowrank.nn.layers_lowrank import InterpolativeLinear, LowRankLayer, dense_weight, is_embedding
+from hf_lowrank.nn.layers_lowrank import InterpolativeLinear, LowRankLayer, dense_weight
 from hf_lowrank.solvers import get_method
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.rounded_factors import Grids, round_factors, round_weight
@@ -85,7 +85,7 @@ def _factors(name: str, layer: Any, solver: LayerSolver, grids: Mapping[str, Gri
     if down_name not in grids:
         return {}
     columns = layer.down.order[layer.rank :].long() if partial else None
-    shape = Grids(grids.get(up_name), grids[down_name], is_embedding(layer), columns)
+    shape = Grids(grids.get(up_name), grids[down_name], _is_lookup(name, solver), columns)
     before = Factors(*(factor.double() for factor in layer.matrices()))
     rounded = round_factors(before, solver.sides(name, before.up.device), shape)
     _correct_bias(layer, solver, name, before.product() - rounded.factors.product())
@@ -97,11 +97,15 @@ def _factors(name: str, layer: Any, solver: LayerSolver, grids: Mapping[str, Gri
 
 def _dense(name: str, layer: Any, solver: LayerSolver, grid: Grid) -> dict[str, Rounded]:
     """Of a layer that is not factorized."""
-    weight, lookup = dense_weight(layer).double(), is_embedding(layer)
+    weight, lookup = dense_weight(layer).double(), _is_lookup(name, solver)
     rounded = round_weight(weight, solver.sides(name, weight.device), grid, lookup)
     values = rounded.weight().T if lookup else rounded.weight()
     _correct_bias(layer, solver, name, weight - values)
     return {name: rounded}
+
+
+def _is_lookup(name: str, solver: LayerSolver) -> bool:
+    return solver.targets[name].kind == "embedding"
 
 
 def _correct_bias(layer: Any, solver: LayerSolver, name: str, change: Tensor) -> None:
