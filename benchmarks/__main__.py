@@ -40,6 +40,7 @@ from benchmarks import (
     shrink,
     startup,
     tasks,
+    tokens,
     truncated_svd,
 )
 from benchmarks.harness import Options, Result, machine_facts
@@ -79,6 +80,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "lm": lm.run,
     "gpu": gpu.run,
     "tasks": tasks.run,
+    "tokens": tokens.run,
 }
 
 NEED_MODEL = (
@@ -94,7 +96,7 @@ NEED_MODEL = (
     "sequential",
     "shrink",
 )
-BY_NAME = ("engines", "mutation", "lm", "gpu")  # too long, for few machines, or with packages of their own
+BY_NAME = ("engines", "mutation", "lm", "tokens", "gpu")  # too long, for few machines, or with packages of their own
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -129,6 +131,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
   tasks          a small model of every kind of task, a third of its ranks kept          about 2 minutes
+  tokens         moments without first, outlying or large tokens; of lm's model or --model   minutes
   mutation       small faults put into three rooms, and the share that tests notice       an hour; needs [mutation]
 
 Speeds are compared within one run, the competitors taking turns, as ratios: median (min–max) over the rounds.

@@ -20,10 +20,11 @@ from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute
 from hf_lowrank.compression.narrow import LAYERS, NEEDS, narrow
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets
+from hf_lowrank.statistics.names import passes
 
 SHARES = (0.9, 0.8, 0.6, 0.4)  # of the parameters of the blocks that are kept
 SEEDS = (0, 1, 2)
-SAMPLES, TESTED, BATCH = 256, 64, 8  # windows for the statistics, windows that are scored, and windows at a time
+SAMPLES, TESTED, BATCH = 128, 64, 8  # windows for the statistics, windows that are scored, and windows at a time
 
 NARROW = "narrow"  # no method: fewer inner channels of MLPs (MoDeGPT's way with them), the model a plain one
 
@@ -65,7 +66,7 @@ class Study:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         place, self.tokens = trained(folder)
-        _, self.training, held_out = prepare(folder / "text", recipe.corpus)
+        self.tokenizer, self.training, held_out = prepare(folder / "text", recipe.corpus)
         self.length = recipe.length
         self.model = AutoModelForCausalLM.from_pretrained(place).eval()
         self.targets = find_targets(self.model)
@@ -93,7 +94,7 @@ class Study:
 
     def _factorized(self, method: str, share: float, seed: int) -> PreTrainedModel:
         config = CompressionConfig(method, keep=share)
-        rest: dict[str, Any] = {"progress": False, "batches": self._calibration(seed)}
+        rest: dict[str, Any] = {"progress": False, "batches": self.calibration(seed)}
         return compress(copy.deepcopy(self.model), config, self._statistics(config, seed), **rest)[0]
 
     def _narrow(self, share: float, seed: int) -> PreTrainedModel:
@@ -101,7 +102,7 @@ class Study:
         width = self.model.config.intermediate_size
         inside = sum(target.module.weight.numel() for name, target in self.targets.items() if ".mlp." in name)
         kept = round(width * (1 - (1 - share) * self.targeted / inside))
-        measured = compute_statistics(self.model, self._calibration(seed), NEEDS, include=LAYERS, progress=False)
+        measured = compute_statistics(self.model, self.calibration(seed), NEEDS, include=LAYERS, progress=False)
         return narrow(copy.deepcopy(self.model), measured, max(1, kept))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
@@ -109,20 +110,22 @@ class Study:
         return map(json.loads, log.read_text().splitlines() if log.is_file() else [])
 
     def _statistics(self, config: CompressionConfig, seed: int) -> Statistics | None:
-        """Everything that all methods with these labels need, measured in one pass and kept."""
+        """What a method needs, measured and kept: in one pass for all with these labels that one pass is enough for."""
         if not config.needs:
             return None
-        labels = METHODS[config.method].labels
-        place = self.folder / f"statistics-{labels}-{seed}"
+        labels, several = METHODS[config.method].labels, len(passes(config.needs)) > 1
+        place = self.folder / f"statistics-{config.method if several else labels}-{seed}"
         if not place.is_dir():
             alike = [CompressionConfig(name).needs for name, method in METHODS.items() if method.labels == labels]
-            needs = list(dict.fromkeys(need for kinds in alike for need in kinds))
-            compute_statistics(self.model, self._calibration(seed), needs, labels=labels).save(place)
+            kinds = [config.needs] if several else [needs for needs in alike if len(passes(needs)) == 1]
+            needs = list(dict.fromkeys(need for group in kinds for need in group))
+            compute_statistics(self.model, self.calibration(seed), needs, labels=labels).save(place)
         return Statistics.load(place)
 
-    def _calibration(self, seed: int) -> list[dict[str, Tensor]]:
+    def calibration(self, seed: int, samples: int = SAMPLES) -> list[dict[str, Tensor]]:
+        """Windows of the training text, in batches."""
         windows = Windows(self.training, self.length)
-        chosen = np.random.default_rng(seed).choice(len(windows), min(SAMPLES, len(windows)), replace=False)
+        chosen = np.random.default_rng(seed).choice(len(windows), min(samples, len(windows)), replace=False)
         ids = torch.stack([windows[number]["input_ids"] for number in chosen])
         return [{"input_ids": part, "labels": part} for part in ids.split(BATCH)]
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import lm, lm_train
+from benchmarks import lm, lm_train, tokens
 from benchmarks.harness import Options
 from benchmarks.lm_text import Corpus, Windows, prepare
 from benchmarks.lm_train import Recipe, train, trained
+from hf_lowrank import compute_statistics
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.statistics.kinds import KINDS
+from tests.helpers import tiny_llama
 
 CORPUS = Corpus(training=("jinja2",), held_out=("joblib",), vocabulary=300, sample=20_000)
 RECIPE = Recipe(CORPUS, 16, 32, 2, 4, 2, length=16, batch=2, tokens=16 * 2 * 6)
@@ -97,3 +100,33 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     made = {path.name for path in (tmp_path / f"measured-{RECIPE.tokens}").iterdir()}
     assert made == {"models.jsonl", "statistics-model-0"}
     assert study.known["svd", 0.4, 0]["divergence"] > study.known["svd", 0.9, 0]["divergence"] > 0
+
+
+def test_moments_are_of_the_tokens_that_a_treatment_leaves() -> None:
+    model, ids = tiny_llama(), torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    layer, name = model.model.layers[1].mlp.up_proj, "model.layers.1.mlp.up_proj"
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(input_ids=ids)
+    handle.remove()
+    x, before = seen[0][:, :-1], dict(KINDS)  # the last token predicts nothing
+    length = x.norm(dim=-1)
+
+    def moment(treatment: str) -> torch.Tensor:
+        batches = [{"input_ids": ids, "labels": ids}]
+        with tokens.treating(tokens.TREATMENTS[treatment]):
+            found = compute_statistics(model, batches, tokens.INPUTS, include=(name,), progress=False)
+        return found.sums["activation_moment"][name]
+
+    torch.testing.assert_close(moment("plain"), torch.einsum("bti,btj->ij", x, x))
+    torch.testing.assert_close(moment("first"), torch.einsum("bti,btj->ij", x[:, 1:], x[:, 1:]))
+    even = x / length[..., None]
+    torch.testing.assert_close(moment("even"), torch.einsum("bti,btj->ij", even, even))
+    assert before == KINDS
+    rows = torch.arange(1.0, 17.0).repeat(2, 1)[..., None] * torch.ones(3)
+    assert tokens.outer(rows)[0].tolist() == [0.0] * 2 + [1.0] * 12 + [0.0] * 2
+    assert (rows * tokens.clipped(rows)[..., None])[0, :, 0].tolist() == [*range(1, 17)]
+    rows[1, -1] = 1000
+    assert (rows * tokens.clipped(rows)[..., None])[1, -1].tolist() == pytest.approx([16.0] * 3)
+    assert tokens._of_largest(rows.square().sum(dim=-1)) > 0.99

@@ -98,6 +98,7 @@ def in_options(message: str, words: list[str]) -> str:
     command: Any = typer.main.get_command(app)
     called = command.commands.get(words[0]) if words else None
     options = {option.name: option.opts[0] for option in called.params if "_" in option.name} if called else {}
+    options |= {f"{name}s": said for name, said in options.items()}  # what may be repeated is several arguments
     named = "|".join(map(re.escape, options))
     return re.sub(rf"(?<![\w./'-])({named})(?![\w/'=])", lambda m: options[m[1]], message) if named else message
 

@@ -40,9 +40,10 @@ def load_split(task: Task, split: str, data_dir: Path | None) -> Dataset:
     needed = [*task.text, *([task.label] if task.label else [])]
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
+        option = "label_column" if missing[0] == task.label else "text_columns"
         raise LowRankError(
             f"{task.name} needs the column {missing[0]!r}, which {source} has not for {split!r}; "
-            f"its columns are {', '.join(rows.column_names)}"
+            f"its columns are {', '.join(rows.column_names)}: name the right one in {option}"
         )
     return _numbered(rows, task) if task.label_values else rows
 

@@ -293,6 +293,7 @@ def test_every_command_with_methods_lists_them(command: str, monkeypatch: Any, c
     [
         ("max_length must be at least 1", ["compress", "x"], "--max-length must be at least 1"),
         ("give one budget, not 2: keep, keep_model", ["compress"], "give one budget, not 2: keep, --keep-model"),
+        ("name the right one in text_columns", ["compress"], "name the right one in --text-column"),
         ("/data/max_length/rows.csv is broken", ["compress"], "/data/max_length/rows.csv is broken"),
         ("max_length must be at least 1", ["methods"], "max_length must be at least 1"),
         ("max_length must be at least 1", [], "max_length must be at least 1"),

@@ -237,8 +237,8 @@ def test_calibration_rows_are_chosen_by_seed_longest_first(tmp_path: Path, token
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"sentence": ["a"]}, "cola needs the column 'label'.*its columns are sentence"),
-        ({"text": ["a"], "label": [1]}, "cola needs the column 'sentence'"),
+        ({"sentence": ["a"]}, "cola needs the column 'label'.*its columns are sentence: name .* in label_column"),
+        ({"text": ["a"], "label": [1]}, "cola needs the column 'sentence'.*are text, label: name .* in text_columns"),
         ({"sentence": ["a", "b"], "label": [-1, 1]}, r"1 labels of cola are not usable, such as -1.*0 to 1"),
         ({"sentence": ["a"], "label": ["good"]}, "such as 'good' in column 'label'"),
         ({"sentence": ["a", "b"], "label": [None, 1]}, "such as None"),
