@@ -21,7 +21,7 @@ STUDIED = (("kfac", "greedy", 0.2), ("whiten-diag", "greedy", 0.2), ("tfwsvd", "
 SAMPLES = (64, 256, 512, 1024, 4096)
 SEEDS = (0, 1, 2)
 DAMPINGS = ((1e-5, 1e-2), (1e-3, 1e-4), (1e-3, 1e-1), (1e-1, 1e-2))  # of activations, of gradients
-DEFAULT_SAMPLES = 512
+REFERENCE_SAMPLES = 512
 
 
 def run(options: Options) -> Result:
@@ -30,12 +30,12 @@ def run(options: Options) -> Result:
         raise LowRankError("calibration needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     study = _Study(options)
     rows: list[Row] = []
-    settings = [(samples, 0) for samples in SAMPLES] + [(DEFAULT_SAMPLES, seed) for seed in SEEDS if seed != 0]
+    settings = [(samples, 0) for samples in SAMPLES] + [(REFERENCE_SAMPLES, seed) for seed in SEEDS if seed != 0]
     with bar("calibration", len(settings) + len(DAMPINGS), "settings") as shown:
         for samples, seed in settings:
             statistics = study.statistics(samples, seed)
             rows.append(study.row(f"{statistics.samples} samples, seed {seed}", statistics))
-            if (samples, seed) == (DEFAULT_SAMPLES, 0):
+            if (samples, seed) == (REFERENCE_SAMPLES, 0):
                 default = statistics
             shown.update()
         for activation, gradient in DAMPINGS:
