@@ -20,12 +20,7 @@ from hf_lowrank.statistics.batches import Batch
 from hf_lowrank.statistics.labels import Labels, ModelLabels
 
 # (method, allocation, share of the ranks)
-STUDIED = (
-    ("kfac", "greedy", 0.2),
-    ("kfac", "greedy", 0.1),
-    ("kfac", "uniform", 0.1),
-    ("whiten-diag", "greedy", 0.1),
-)
+STUDIED = (("kfac", "greedy", 0.2), ("kfac", "greedy", 0.1))
 Studied = tuple[str, str, float]
 SAMPLES = 512
 KINDS = {"data": "labels of the data", "drawn": "drawn from the model", "model": "of the model"}
