@@ -21,6 +21,7 @@ from hf_lowrank.folder.reading import load_own, load_whole, own_class, read_conf
 from hf_lowrank.folder.saving import read_record, save_model
 from hf_lowrank.folder.tokenizers import load_tokenizer
 from hf_lowrank.model.packable import packable
+from hf_lowrank.model.targets import Target, check_weights
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.statistics import Statistics
 
@@ -148,10 +149,11 @@ def quantizable(model: PreTrainedModel, quantization: Quantization) -> dict[str,
     """The layers that are quantized, by name: of those that are `packable`, without embeddings where they stay.
 
     Raises:
-        LowRankError: there are none.
+        LowRankError: there are none, or a weight of one is not finite.
     """
     embeddings = quantization.of_embeddings
     kept = {name: layer for name, layer in packable(model).items() if embeddings or type(layer) is nn.Linear}
     if not kept:
         raise LowRankError(f"{type(model).__name__} has no linear layers in its body that could be quantized")
+    check_weights({name: Target.of(name, layer) for name, layer in kept.items()})
     return kept

@@ -241,6 +241,18 @@ def test_statistics_of_another_model_and_libraries_that_round_by_themselves_are_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_model_is_refused_with_and_without_statistics(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    source, statistics = measured_bert(tmp_path)
+    model = load_low_rank(source)
+    name = next(name for name, layer in model.named_modules() if isinstance(layer, LowRankLayer))
+    model.get_submodule(f"{name}.down").weight.data[0, 0] = torch.nan
+    model.save_pretrained(source)
+    for known in (None, statistics):
+        with pytest.raises(LowRankError, match=rf"{name}\.down: 1 of its \d+ weights are not finite"):
+            quantize_folder(source, tmp_path / "out", statistics=known)
+
+
 def test_embeddings_of_four_bits(tmp_path: Path) -> None:
     needs("compressed-tensors")
     source = embedded_bert(tmp_path / "source")
