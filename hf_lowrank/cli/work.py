@@ -82,9 +82,7 @@ def check_memory(
     estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=tokens)
     place = statistics_device(estimate, state.device)
     if state.is_main_process:
+        parts = f", for each of {state.num_processes} processes" if state.num_processes > 1 else ""
         kept = ", the statistics in main memory" if place is not None else ""
-        print(
-            f"memory at the peak: about {estimate}, for each of {state.num_processes} process(es){kept}",
-            file=sys.stderr,
-        )
+        print(f"memory at the peak: about {estimate}{parts}{kept}", file=sys.stderr)
     return estimate.to_dict(), place
