@@ -24,6 +24,9 @@ from hf_lowrank.jobs.interrupts import Stopped, ending_in_order
 
 GRACE = 3.0  # seconds
 
+# Loggers of libraries that warn of what they can do without, those of quantizers wherever one is installed.
+NOTICES = ("huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree")
+
 
 class _Group(TyperGroup):
     """The commands, and `--version`: not a parsed option, as parsing one takes Typer a quarter of the time of help."""
@@ -120,7 +123,8 @@ def _quiet_libraries() -> None:
     """Their bars and notices would drown ours; errors still show."""
     after_import("transformers.utils.logging", _quiet_transformers)
     after_import("datasets", _quiet_datasets)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    for name in NOTICES:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _quiet_transformers() -> None:

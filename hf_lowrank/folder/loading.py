@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
-from hf_lowrank.folder.packing import unpack
+from hf_lowrank.folder.packing import quiet, unpack
 from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.jobs.progress import say_once
@@ -59,13 +59,14 @@ def load_trained(name: str, task: Task) -> PreTrainedModel:
         LowRankError: no such model, one that cannot be read, or one without a trained head for the task.
     """
     name = resolve(name)
-    _readable_config(name, task)
+    config = _readable_config(name, task)
     device = PartialState().device
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     try:
-        model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with quiet(config):
+            model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors its own
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -3,7 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def pack(model: PreTrainedModel, roundings: Mapping[str, Rounding], known: Mappi
     from transformers import CompressedTensorsConfig
 
     config = quantization_config(model, roundings)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         apply_quantization_config(model, config)
         for name, rounding in roundings.items():
             layer: Any = model.get_submodule(name)
@@ -66,7 +66,7 @@ def unpack(model: PreTrainedModel) -> None:
     """Widen the weights of a model that was loaded packed, now and not at the first forward pass; others stay."""
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None and hasattr(model, "ct_decompress_hook"):
-        with _quiet():
+        with quiet():
             compressor.decompress_model(model)
 
 
@@ -85,20 +85,27 @@ def alone(packs: bool = True) -> Iterator[None]:
         yield
 
 
-def _quiet() -> Any:
-    """Within the block the library's progress bars are not seen."""
-    return redirect_stderr(io.StringIO())
+def quiet(config: Any = None) -> AbstractContextManager:
+    """Within the block quantizers' progress bars are not seen, where the model with this config, if given, has one."""
+    silent = config is None or getattr(config, "quantization_config", None) is not None
+    return redirect_stderr(io.StringIO()) if silent else nullcontext()
 
 
 def quantization_config(model: nn.Module, roundings: Mapping[str, Rounding]) -> Any:
-    """compressed-tensors' own config: the most frequent rounding of each class by the class, others by name."""
+    """compressed-tensors' own config: the most frequent rounding of each class by the class, others before it by name.
+
+    A layer counts for the first of the targets that fit it; of a name that comes later the library says that it fits
+    none.
+    """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
     groups: dict[str, Any] = {}
     for kind in (nn.Linear, nn.Embedding):
         names = {name: r for name, r in roundings.items() if isinstance(model.get_submodule(name), kind)}
-        for place, (rounding, _) in enumerate(Counter(names.values()).most_common()):
-            targets = [kind.__name__] if place == 0 else [name for name, own in names.items() if own == rounding]
+        rarest_first = [rounding for rounding, _ in reversed(Counter(names.values()).most_common())]
+        for place, rounding in enumerate(rarest_first):
+            by_name = [name for name, own in names.items() if own == rounding]
+            targets = [kind.__name__] if rounding == rarest_first[-1] else by_name
             groups[f"{kind.__name__.lower()}_{place}"] = QuantizationScheme(targets=targets, **_scheme(kind, rounding))
     known = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)))
     left = [name for name in known if name not in roundings]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import hf_lowrank.nn.modeling_lowrank as modeling
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.folder.packing import unpack
+from hf_lowrank.folder.packing import quiet, unpack
 from hf_lowrank.model.locating import refuse_missing
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 
@@ -113,9 +113,10 @@ def load_whole(
         LowRankError: the checkpoint cannot be read, lacks weights of the model or, if low-rank, holds others.
     """
     try:
-        model, info = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with quiet(read_config(folder)):
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, safetensors its own
         raise LowRankError(f"{folder} cannot be loaded: {error}") from error
     bad = ("missing", "mismatched", *(("unexpected",) if issubclass(model_class, LowRankMixin) else ()))

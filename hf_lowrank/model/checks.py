@@ -29,8 +29,8 @@ def check_model(model: Any) -> None:
         )
     if (quantizer := quantizer_of(model)) is not None:
         raise LowRankError(
-            f"the {type(model).__name__} is quantized by {quantizer}, and quantized weights cannot be factorized: "
-            "compress the model that it was made from, then quantize the compressed one"
+            f"the {type(model).__name__} is quantized by {quantizer}, and its weights can be neither factorized nor "
+            "trained: take the model that it was made from, and quantize last"
         )
     if type(model).__module__.startswith("transformers_modules.") and hasattr(model.config, "base_model_type"):
         raise LowRankError(
