@@ -7,15 +7,16 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
+from transformers import LlamaForCausalLM, PreTrainedModel, set_seed
 
 from benchmarks.harness import Options, Result, machine_facts
+from benchmarks.models import LlamaShape
 from hf_lowrank import CompressionConfig, LowRankLinear, Statistics, compress, compute_statistics
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.files import write_json
@@ -29,14 +30,9 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The shapes, Llama-3-8B's unless said otherwise, and how much is measured of them."""
+class Sizes(LlamaShape):
+    """A model's shape, and how much is measured of it."""
 
-    hidden: int = 4096
-    intermediate: int = 14336
-    heads: int = 32
-    key_value_heads: int = 8
-    layers: int = 32
     vocabulary: int = 128256
     windows: int = 8
     length: int = 2048
@@ -49,15 +45,7 @@ class Sizes:
     def model(self, layers: int, vocabulary: int, device: torch.device) -> PreTrainedModel:
         """A Llama of so many blocks with random weights, in bfloat16 on an accelerator."""
         set_seed(0)
-        config = LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_value_heads,
-            num_hidden_layers=layers,
-            vocab_size=vocabulary,
-            max_position_embeddings=2 * max(self.length, self.prompt),
-        )
+        config = replace(self, layers=layers).config(vocabulary, 2 * max(self.length, self.prompt))
         with torch.device(device):
             model = LlamaForCausalLM._from_config(config, dtype=_dtype(device))
         return model.eval().requires_grad_(False)

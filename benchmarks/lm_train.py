@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import cached_assets_path
 from torch.utils.data import Subset
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,10 +22,12 @@ from transformers import (
 )
 
 from benchmarks.lm_text import Corpus, Windows, prepare
+from benchmarks.models import LlamaShape
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.interrupts import MINUTES
 from hf_lowrank.training.running import Watch, last_checkpoint, trainer_arguments
 
+SHAPE = LlamaShape(hidden=256, intermediate=768, heads=8, key_value_heads=2, layers=6)
 WATCHED = 32  # held-out windows that are scored at every checkpoint
 
 
@@ -44,11 +45,7 @@ class Recipe:
     """
 
     corpus: Corpus = field(default_factory=Corpus)
-    hidden: int = 256
-    intermediate: int = 768
-    layers: int = 6
-    heads: int = 8
-    key_value_heads: int = 2
+    shape: LlamaShape = SHAPE
     length: int = 512
     batch: int = 4
     tokens: int = 6_000_000
@@ -66,19 +63,8 @@ class Recipe:
     def model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model with random weights: grouped-query attention, RMSNorm, rotary positions, embeddings tied."""
         set_seed(self.seed)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_value_heads,
-            max_position_embeddings=self.length,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        config = self.shape.config(len(tokenizer), self.length, tie_word_embeddings=True, **special)
         return LlamaForCausalLM(config)
 
 
@@ -114,7 +100,9 @@ def train(folder: Path, recipe: Recipe, minutes: float = MINUTES, progress: bool
     """
     tokenizer, training, held_out = prepare(folder / "text", recipe.corpus)
     windows = Windows(training, recipe.length)
-    settings = {name: value for name, value in asdict(recipe).items() if name not in ("tokens", "corpus")}
+    settings = asdict(recipe.shape) | {
+        name: value for name, value in asdict(recipe).items() if name not in ("tokens", "corpus", "shape")
+    }
     checkpoints = folder / "checkpoints"
     start = last_checkpoint(checkpoints, settings, resume=True)
     arguments = trainer_arguments(

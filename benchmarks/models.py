@@ -1,11 +1,36 @@
-"""Randomly initialised BERTs and made-up data for them, so that nothing is downloaded."""
+"""Randomly initialised BERTs and made-up data for them, so that nothing is downloaded, and shapes of Llamas."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig
 
 Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """The shape of a Llama with grouped-query attention: Llama-3-8B's, unless said otherwise."""
+
+    hidden: int = 4096
+    intermediate: int = 14336
+    heads: int = 32
+    key_value_heads: int = 8
+    layers: int = 32
+
+    def config(self, vocabulary: int, length: int, **others: Any) -> LlamaConfig:
+        """That of the model, with so many tokens in its vocabulary and at most so many in a text."""
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            max_position_embeddings=length,
+            **others,
+        )
 
 
 def random_bert(layers: int, hidden: int, vocabulary: int = 30_522) -> BertForSequenceClassification:

@@ -12,13 +12,14 @@ from benchmarks import lm, lm_train, tokens
 from benchmarks.harness import Options
 from benchmarks.lm_text import Corpus, Windows, prepare
 from benchmarks.lm_train import Recipe, train, trained
+from benchmarks.models import LlamaShape
 from hf_lowrank import compute_statistics
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.statistics.kinds import KINDS
 from tests.helpers import tiny_llama
 
 CORPUS = Corpus(training=("jinja2",), held_out=("joblib",), vocabulary=300, sample=20_000)
-RECIPE = Recipe(CORPUS, 16, 32, 2, 4, 2, length=16, batch=2, tokens=16 * 2 * 6)
+RECIPE = Recipe(CORPUS, LlamaShape(16, 32, 4, 2, 2), length=16, batch=2, tokens=16 * 2 * 6)
 
 
 @pytest.fixture(scope="module")
