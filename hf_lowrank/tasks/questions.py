@@ -36,9 +36,10 @@ def unfolded(rows: Dataset) -> Dataset:
     Raises:
         LowRankError: an article, a paragraph or a question lacks what SQuAD's have.
     """
-    articles = [article for nested in rows["data"] for article in nested or []] if "data" in rows.column_names else []
-    if not articles or not isinstance(articles[0], dict) or "paragraphs" not in articles[0]:
+    inner = getattr(rows.features.get("data"), "feature", None)
+    if not isinstance(inner, dict) or "paragraphs" not in inner:
         return rows
+    articles = [article for nested in rows["data"] for article in nested or []]
     paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
     try:
         found = [_unfolded(asked, paragraph["context"]) for paragraph in paragraphs for asked in paragraph["qas"]]

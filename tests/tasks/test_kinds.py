@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -24,7 +25,7 @@ from hf_lowrank.model.targets import find_targets
 from hf_lowrank.tasks import Task, collator, encode, get_task, load_split, load_validation, sequences
 from hf_lowrank.tasks.calibration import calibration_loader
 from hf_lowrank.tasks.metrics import squad
-from hf_lowrank.tasks.questions import answers_of, best_spans
+from hf_lowrank.tasks.questions import answers_of, best_spans, unfolded
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate, predict_rows, score_predictions
 from hf_lowrank.training.readers import Predictions
@@ -145,6 +146,12 @@ def test_squads_own_files_are_read_as_rows(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps({"data": articles}))
     with pytest.raises(LowRankError, match="nested as SQuAD's, but not all of them: "):
         get_task("question-answering", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("values", [[1, 2], ["a", "b"], [["a"], None]])
+def test_another_column_called_data_is_left_alone(values: list[Any]) -> None:
+    rows = Dataset.from_dict({"data": values, "question": ["q", "r"]})
+    assert unfolded(rows) is rows
 
 
 @pytest.mark.parametrize("name", DATA)
