@@ -252,7 +252,7 @@ class Pipeline:
         """
         self.labels = self.labels_for(config)
         config = self.settled(config)
-        check_possible(self.model, config)
+        check_possible(self.model, config, self.dtype)
         return config
 
     def check_dense(self) -> None:

@@ -17,7 +17,7 @@ from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
 from hf_lowrank.compression.sequential import behind_each_other, check_sequential, is_wanted, prefix_of
 from hf_lowrank.compression.solution import LayerSolver, kept_report
-from hf_lowrank.compression.stored import choose_stored
+from hf_lowrank.compression.stored import check_bytes, choose_stored
 from hf_lowrank.compression.uses import layers_for
 from hf_lowrank.compression.weighing import Weighing, weighing_for
 from hf_lowrank.errors import LowRankError
@@ -166,13 +166,21 @@ def checked_targets(model: PreTrainedModel, config: CompressionConfig) -> dict[s
     return targets
 
 
-def check_possible(model: PreTrainedModel, config: CompressionConfig) -> None:
+def check_possible(model: PreTrainedModel, config: CompressionConfig, dtype: torch.dtype | None = None) -> None:
     """Raise where the model cannot be compressed as `config` says, before anything is measured for it.
 
+    Args:
+        model: to be compressed.
+        config: how.
+        dtype: as of `compress`.
+
     Raises:
-        LowRankError: as `checked_targets` and `check_budget`.
+        LowRankError: as `checked_targets`, `check_budget` and `check_bytes`.
     """
-    layers = layers_for(config.budget, model, checked_targets(model, config))
+    targets = checked_targets(model, config)
+    if config.budget.kind == "bytes":
+        check_bytes(model, config, targets, dtype)
+    layers = layers_for(config.budget, model, targets)
     before = dense_parameters(model)
     check_budget(layers, before, config.budget, config.spread, config.form, before - model.num_parameters())
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.allocation import get_allocation
 from hf_lowrank.allocation.budget import ImpossibleBudget
 from hf_lowrank.allocation.choices import cheapest, dearest
-from hf_lowrank.allocation.stored import Packed, Stored, byte_choices
+from hf_lowrank.allocation.stored import BITS, Packed, Stored, byte_choices
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
@@ -48,24 +48,53 @@ def choose_stored(
         LowRankError: a layer is of a kind that is not packed, or was factorized before.
         ImpossibleBudget: no ranks and bits meet the budget, or nothing would be factorized; it gives the range.
     """
-    layers, itemsize = packable(model), (dtype or model.dtype).itemsize
     choices, meanings = {}, {}
-    for name, target in weighed.items():
+    for name, packed in _packed(model, weighed, dtype).items():
+        loss, ranks = solver.rounded_loss(name), config.spread.ranks(packed.shape)
+        choices[name], meanings[name] = byte_choices(packed, ranks, loss)
+    others = _other_bytes(model, weighed, (dtype or model.dtype).itemsize)
+    _check_range(config.budget.value, others + cheapest(choices), others + dearest(choices))
+    chosen = get_allocation("greedy").decide(choices, config.budget.value - others)
+    return {name: meanings[name][index] for name, index in chosen.items()}
+
+
+def check_bytes(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    targets: Mapping[str, Target],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise where no ranks and bits of the targets meet the budget, before anything is measured for it.
+
+    Raises:
+        LowRankError: as `choose_stored`.
+    """
+    least = most = _other_bytes(model, targets, (dtype or model.dtype).itemsize)
+    for packed in _packed(model, targets, dtype).values():
+        ranks = (*config.spread.ranks(packed.shape), None)
+        least += min(packed.bytes(Stored(rank, bits)) for rank in ranks for bits in BITS)
+        most += packed.bytes(Stored(None, max(BITS)))
+    _check_range(config.budget.value, least, most)
+
+
+def _packed(model: PreTrainedModel, targets: Mapping[str, Target], dtype: torch.dtype | None) -> dict[str, Packed]:
+    """What the bytes of every layer depend on, by name."""
+    layers, itemsize = packable(model), (dtype or model.dtype).itemsize
+    found = {}
+    for name, target in targets.items():
         _refuse_others(target)
         weight: Any = target.module.weight
         dense = None if name in layers else weight.numel() * itemsize
-        packed = Packed(target.shape, target.kind == "embedding", itemsize, dense)
-        loss, ranks = solver.rounded_loss(name), config.spread.ranks(target.shape)
-        choices[name], meanings[name] = byte_choices(packed, ranks, loss)
-    others = _other_bytes(model, weighed, itemsize)
-    least, most = others + cheapest(choices), others + dearest(choices)
-    if not least <= config.budget.value <= most:
+        found[name] = Packed(target.shape, target.kind == "embedding", itemsize, dense)
+    return found
+
+
+def _check_range(wanted: float, least: float, most: float) -> None:
+    if not least <= wanted <= most:
         raise ImpossibleBudget(
-            f"bytes {config.budget.value:,.0f} cannot be met: it must be between {least / 1e6:.2f}MB (the smallest "
+            f"bytes {wanted:,.0f} cannot be met: it must be between {least / 1e6:.2f}MB (the smallest "
             f"ranks in 4 bits) and {most / 1e6:.2f}MB (all layers dense in 8 bits)"
         )
-    chosen = get_allocation("greedy").decide(choices, config.budget.value - others)
-    return {name: meanings[name][index] for name, index in chosen.items()}
 
 
 def _refuse_others(target: Target) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.allocation.stored import Stored, group_of
+from hf_lowrank.compression.compress import check_possible
 from hf_lowrank.compression.rounded import RoundedLoss, rotated_pivots
 from hf_lowrank.compression.stored import with_embeddings
 from hf_lowrank.folder.quantize import quantize_
@@ -103,6 +104,10 @@ def test_what_is_possible_is_said_where_a_budget_is_not() -> None:
         small(tiny_bert(), "1GB")
     with pytest.raises(LowRankError, match="was factorized before"):
         small(factorize(tiny_bert()), "20KB")
+    for budget in (1000, "1GB"):  # and before anything is measured
+        with pytest.raises(LowRankError, match="cannot be met"):
+            check_possible(tiny_bert(), CompressionConfig("svd", bytes=budget, allocation="greedy"))
+    check_possible(tiny_bert(), CompressionConfig("svd", bytes="40KB", allocation="greedy"))
 
 
 def test_an_embedding_that_is_tied_is_left_out() -> None:
