@@ -17,7 +17,7 @@ def demo_command(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small BERT on a generated task, compress it by three methods at three ranks, compare. No download."""
+    """Train a small BERT on a generated task, compress it by four methods at three ranks, compare. No download."""
     from hf_lowrank.studies.demo import results_table, run_demo
 
     record = run_demo(output, seed, overwrite)

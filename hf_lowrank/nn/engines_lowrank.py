@@ -17,10 +17,7 @@ from .experts_lowrank import UnstackedExperts
 from .layers_lowrank import LowRankEmbedding, LowRankTiedHead
 
 _ENGINES = {"vllm": "vLLM", "vllm_mla": "vLLM", "sglang": "SGLang"}  # by the attention that they ask for
-_CHECKED = {
-    "vLLM": "0.33",
-    "SGLang": "0.5",
-}  # the oldest whose source was read and tried; others merge layers otherwise
+_CHECKED = {"vLLM": "0.33", "SGLang": "0.5"}  # the oldest whose source was read and tried: others may merge more layers
 
 
 def register_in_engine() -> None:

@@ -265,13 +265,9 @@ class _Bar(TrainerCallback):
 def _compare(dense: dict[str, Pipeline]) -> tuple[list[dict[str, Any]], Pipeline]:
     """Every run's record, and the best one's pipeline: of equal scores, that of the smaller model.
 
-    `dense` is the model by whose labels its statistics are.
+    `dense` is the model, by whose labels its statistics are measured.
     """
-    kinds = {
-        whose: {kind for method in METHODS if get_method(method).labels == whose for kind in get_method(method).needs}
-        for whose in dense
-    }
-    measured = {whose: pipeline.measure(sorted(kinds[whose])) for whose, pipeline in dense.items()}
+    measured = {whose: pipeline.measure(_kinds(whose)) for whose, pipeline in dense.items()}
     runs, best = [], None
     with bar("compressing", len(METHODS) * len(RANK_RATIOS), "models") as shown:
         for ratio in RANK_RATIOS:
@@ -287,3 +283,9 @@ def _compare(dense: dict[str, Pipeline]) -> tuple[list[dict[str, Any]], Pipeline
                 shown.update()
     assert best is not None
     return runs, best
+
+
+def _kinds(whose: str) -> list[str]:
+    """What the methods need that measure by these labels."""
+    methods = (get_method(name) for name in METHODS)
+    return sorted({kind for method in methods if method.labels == whose for kind in method.needs})

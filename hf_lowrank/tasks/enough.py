@@ -39,8 +39,7 @@ def enough_samples(
     inputs, least = _inputs(model, task), least_samples(task)
     if not inputs:
         return least
-    each = _tokens_each(model, tokenizer, task, rows, seed)
-    wanted = _steps(TOKENS * inputs / each)
+    wanted = _steps(TOKENS * inputs / _tokens_each(model, tokenizer, task, rows, seed))
     if wanted <= least:
         return least
     there = len(rows) if isinstance(rows, Dataset) and not task.packed else wanted

@@ -64,11 +64,10 @@ def squad(predictions: Any, labels: Any) -> dict[str, float]:
     >>> squad(["The Nile"], [["the river Nile", "Nile"]])
     {'exact_match': 100.0, 'squad_f1': 100.0}
     """
-    pairs = [
-        (_words(text), [_words(one) for one in known or [""]]) for text, known in zip(predictions, labels, strict=True)
-    ]
-    exact = [max(float(words == one) for one in known) for words, known in pairs]
-    shared = [max(_overlap(words, one) for one in known) for words, known in pairs]
+    both = zip(predictions, labels, strict=True)
+    pairs = [(_words(text), [_words(right) for right in answers or [""]]) for text, answers in both]
+    exact = [max(float(words == right) for right in answers) for words, answers in pairs]
+    shared = [max(_overlap(words, right) for right in answers) for words, answers in pairs]
     return {"exact_match": 100 * sum(exact) / len(pairs), "squad_f1": 100 * sum(shared) / len(pairs)}
 
 

@@ -21,7 +21,7 @@ def harness_tasks(given: str) -> list[str]:
     """
     names = [name.strip() for name in given.split(",") if name.strip()]
     if not names:
-        raise LowRankError("--lm-eval takes names of tasks with commas between them, such as arc_easy,piqa")
+        raise LowRankError("lm_eval takes names of tasks with commas between them, such as arc_easy,piqa")
     if find_spec("lm_eval") is None:
         raise LowRankError('lm-evaluation-harness is not installed: pip install "hf_lowrank[lm-eval]"')
     for name in names:
