@@ -216,7 +216,7 @@ def _show(report: Any, facts: dict[str, Any], task: "Task | None", given: Compre
             f"{task.score} {facts[f'score_{before}']:.2f} {before} → {facts['score_compressed']:.2f} compressed"
         )
     if given.score:
-        console.print(Divergence.from_dict(facts["divergence"]["compressed"]), highlight=False)
+        console.print(str(Divergence.from_dict(facts["divergence"]["compressed"])), highlight=False)
     if given.push_to_hub is not None:
         console.print(f"pushed to {given.push_to_hub}: {facts['address']}", highlight=False)
     console.print(f"saved to {given.output} after {seconds:.0f} s", highlight=False)

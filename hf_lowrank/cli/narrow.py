@@ -151,5 +151,5 @@ def _show(facts: dict[str, Any], task: "Task", given: NarrowOptions) -> None:
     if "score_dense" in facts:
         console.print(f"{task.score} {facts['score_dense']:.2f} dense → {facts['score_narrow']:.2f} narrow")
     if "divergence" in facts:
-        console.print(Divergence.from_dict(facts["divergence"]), highlight=False)
+        console.print(str(Divergence.from_dict(facts["divergence"])), highlight=False)
     console.print(f"saved to {given.output}", highlight=False)

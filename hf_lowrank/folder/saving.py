@@ -14,6 +14,7 @@ from hf_lowrank.folder.card import card_facts, rendered_as, weights_bytes, write
 from hf_lowrank.folder.directions import save_directions
 from hf_lowrank.folder.earlier import of_original
 from hf_lowrank.folder.fingerprint import fingerprint
+from hf_lowrank.folder.packing import quiet
 from hf_lowrank.folder.sentences import copy_modules
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
 from hf_lowrank.model.checks import refuse_adapter
@@ -58,7 +59,7 @@ def save_model(
         LowRankError: as `save_compressed`; the model has an adapter, which alone would be saved.
     """
     refuse_adapter(model)
-    with atomic_folder(folder, overwrite) as whole:
+    with atomic_folder(folder, overwrite) as whole, quiet(model.config):
         if dtype is not None:
             nn.Module.to(model, dtype)
         model.save_pretrained(whole)

@@ -1,6 +1,7 @@
 """Texts without labels on the command line: from a file to a compressed model, compared with the dense one."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_a_score_and_the_divergence_stand_side_by_side(
     code, out, error = run(monkeypatch, capfd, *words, "--labels", "model")
     assert code == 0, error
     assert "matthews" in out
-    assert "KL to dense (nats)" in out
+    assert re.search(r"^KL to dense \(nats\) \S+ ± \S+$", out, re.MULTILINE)
     code, out, error = run(monkeypatch, capfd, "evaluate", tmp_path / "small", *task, "--against", place / "model")
     assert code == 0, error
     assert "(score)" in out
