@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Options, Result, alternate, ratio
+from benchmarks.harness import Options, Result, alternate, ratio, steady_clock
 from benchmarks.quantized import MODELS, Study
 from hf_lowrank.folder.export import example_inputs, export_onnx
 from hf_lowrank.folder.export_int8 import quantize_graph, quantize_onnx
@@ -35,7 +35,7 @@ def measure(study: Study, paths: dict[Key, Path], rounds: int) -> None:
     config = study.pipeline.model.config
     graphs = {key: OnnxModel(path, config, threads=1) for key, path in paths.items()}
     inputs = example_inputs(config, BATCH)
-    seconds = alternate({key: _call(graph, inputs) for key, graph in graphs.items()}, rounds)
+    seconds = alternate({key: _call(graph, inputs) for key, graph in graphs.items()}, rounds, clock=steady_clock())
     for (model, form), own in seconds.items():
         speed = ratio(seconds["dense", EXACT], own).values
         if not study.lines.has(model=model, bits=form, seed=study.seed):

@@ -14,6 +14,7 @@ import torch
 from benchmarks.bytes_picture import bytes_figure
 from benchmarks.harness import Lines, Options, Result, Row, mean_of
 from hf_lowrank import CompressionConfig, Statistics
+from hf_lowrank.allocation.budget import ImpossibleBudget
 from hf_lowrank.compression.codes import solver_for_codes
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
@@ -83,7 +84,11 @@ class Study:
         missing = [form for form in bits if not self.lines.has(model=name, bits=form, seed=self.seed)]
         if not missing:
             return
-        model = self.made(name)
+        try:
+            model = self.made(name)
+        except ImpossibleBudget as error:
+            print(f"{name} left out: {error}")  # of a model of another size
+            return
         for form in missing:
             with tempfile.TemporaryDirectory() as folder:
                 stored = self._stored(copy.deepcopy(model), form, Path(folder))

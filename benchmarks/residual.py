@@ -7,13 +7,14 @@ kfac, in rounding as well, and biases make up for the mean. Weights take the val
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Result, Row
+from benchmarks.harness import Lines, Options, Result, Row
 from hf_lowrank import CompressionConfig
 from hf_lowrank.allocation.stored import group_of
 from hf_lowrank.compression.codes import coded, solver_for_codes
@@ -31,41 +32,54 @@ from hf_lowrank.training.evaluate import evaluate_splits
 BASES = (2, 3, 4)  # bits of Q(W)
 RANKS = (0, 8, 32)  # of U D, in 8 bits
 COMPARED = 512  # validation rows on which predictions are compared
+ONE_SHOT = CompressionConfig(sequential=False)
 
 
 def run(options: Options) -> Result:
-    """Both forms: the sum at each base and rank, low rank of 4 bits at as many bytes."""
+    """Both forms: the sum at each base and rank, low rank of 4 bits at as many bytes; rows that a file has stay."""
     if options.model is None or options.task is None:
         raise LowRankError("residual needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
-    statistics = pipeline.statistics(CompressionConfig())
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = Lines(options.output / f"{Path(options.model).name}_residual.jsonl")
+    statistics = pipeline.statistics(ONE_SHOT)
     assert statistics is not None
     solver = solver_for_codes(pipeline.model, "kfac", statistics)
     row = _rows(pipeline)
-    rows = [row("dense", None, pipeline.model)]
     for bits in BASES:
         for rank in RANKS:
+            known = {"bits": bits, "rank": rank, "seed": options.seed}
+            if lines.has(**known):
+                continue
             model = copy.deepcopy(pipeline.model)
             size = sum(_corrected(name, model.get_submodule(name), solver, bits, rank) for name in solver.targets)
-            rows.append(row(f"{bits} bits + rank {rank}", size, model))
-            rows.append(row("low rank, 4 bits", size, _low_rank(pipeline, statistics, size)))
+            other = _low_rank(pipeline, statistics, size)
+            lines.add(**known, bytes=size, corrected=row(model), low_rank=row(other))
     return Result(
         f"Q(W) + U D against low rank at equal bytes, {Path(options.model).name}",
-        rows,
-        ["Score on the whole validation set, divergence on the first 512 rows, no fine-tuning. MB: of linear layers."],
+        [_row(line) for line in lines.rows() if line["seed"] == options.seed],
+        [
+            f"Dense: {row(pipeline.model)['score']:.2f}. Score on the whole validation set, divergence on the first "
+            f"{COMPARED} rows, no fine-tuning. MB: of linear layers. Factors of one shot, as corrections are."
+        ],
     )
 
 
-def _rows(pipeline: Pipeline) -> Callable[[str, float | None, nn.Module], Row]:
-    """What makes a row of a form: its megabytes, its score, and how far its predictions are from the dense model's."""
+def _row(line: dict[str, Any]) -> Row:
+    row = {"base": f"{line['bits']} bits", "rank": str(line["rank"]), "MB": f"{line['bytes'] / 1e6:.2f}"}
+    for form, name in (("corrected", "Q(W) + U D"), ("low_rank", "low rank, 4 bits")):
+        row |= {name: f"{line[form]['score']:.2f}", f"{name}, divergence": f"{line[form]['divergence']:.4f}"}
+    return row
+
+
+def _rows(pipeline: Pipeline) -> Callable[[nn.Module], dict[str, float]]:
+    """What says of a form its score, and how far its predictions are from the dense model's."""
     compared = [rows.select(range(min(COMPARED, len(rows)))) for rows in pipeline.validation]
     reference = Reference(pipeline.model, *pipeline.reading, compared)
 
-    def row(form: str, size: float | None, model: Any) -> Row:
+    def row(model: Any) -> dict[str, float]:
         score = evaluate_splits(model, *pipeline.reading, pipeline.validation, progress=False)["score"]
-        far = reference.divergence(model, progress=False)
-        megabytes = "" if size is None else f"{size / 1e6:.2f}"
-        return {"form": form, "MB": megabytes, "score": f"{score:.2f}", far.measure: f"{far.mean:.4f}"}
+        return {"score": score, "divergence": reference.divergence(model, progress=False).mean}
 
     return row
 
@@ -93,7 +107,8 @@ def _low_rank(pipeline: Pipeline, statistics: Statistics, size: float) -> nn.Mod
     """The model at ranks whose factors have this many bytes in 4 bits, rounded."""
     dense = sum(target.module.weight.numel() for target in find_targets(pipeline.model).values())
     candidate = pipeline.candidate()
-    candidate.compress(CompressionConfig(keep=min(1.0, size / (dense * (4 + 16 / 32) / 8)), align=32), statistics)
+    keep = min(1.0, size / (dense * (4 + 16 / 32) / 8))
+    candidate.compress(replace(ONE_SHOT, rank_ratio=None, keep=keep, align=32), statistics)
     model: Any = candidate.model
     solver = solver_for_codes(model, "kfac", statistics)
     parts = [
