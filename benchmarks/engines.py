@@ -25,7 +25,7 @@ from hf_lowrank.folder.loading import load_trained
 from hf_lowrank.folder.onnx_runtime import OnnxModel
 from hf_lowrank.pipeline import Pipeline
 
-RANK_RATIO = 0.2
+RANK_RATIO, SAMPLES = 0.2, 1024
 MODELS = ("dense", "low rank")
 ENGINES = (
     ("PyTorch", "float32"),
@@ -75,7 +75,8 @@ def run(options: Options) -> Result:
     if options.model is None or options.task is None:
         raise LowRankError("engines needs a real model: --model FOLDER --task NAME --data-dir FOLDER")
     _require_packages()
-    pipeline = Pipeline.load(options.model, options.task, options.data_dir, seed=options.seed, progress=False)
+    settings: Any = {"seed": options.seed, "samples": SAMPLES, "progress": False}
+    pipeline = Pipeline.load(options.model, options.task, options.data_dir, **settings)
     name = f"{Path(options.model).name}_engines_{options.seed}"
     (options.output / name).mkdir(parents=True, exist_ok=True)
     lines = Lines(options.output / f"{name}.jsonl")

@@ -1,4 +1,7 @@
-"""A small model of every kind of task, trained on made-up data: its score when a third of its ranks are kept."""
+"""A small model of every kind of task, trained on made-up data: its score when a third of its ranks are kept.
+
+Figures are written as they come, one line for each task, so that a run that ended early goes on there.
+"""
 
 import json
 import tempfile
@@ -24,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.harness import Options, Result, Row
+from benchmarks.harness import Lines, Options, Result, Row
 from hf_lowrank import Pipeline
 from hf_lowrank.jobs.progress import bar
 
@@ -50,16 +53,14 @@ class Case:
 
 def run(options: Options) -> Result:
     """The score of every task by every method, without fine-tuning."""
-    rows: list[Row] = []
-    figures = []
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = Lines(options.output / "tasks.jsonl")
     with tempfile.TemporaryDirectory() as scratch, bar("tasks", len(CASES) + 1, "models") as shown:
         for name in (*CASES, "image-classification"):
-            found = scores(name, Path(scratch) / name)
-            rows.append({"task": name, "score": found["metric"], "dense": f"{found['dense']:.1f}"})
-            rows[-1] |= {method: f"{found[method]:.1f}" for method in METHODS}
-            rows[-1] |= {"parameters of the blocks": f"{found['share']:.0%}"}
-            figures.append({"task": name, **found})
+            if not lines.has(task=name):
+                lines.add(task=name, **scores(name, Path(scratch) / name))
             shown.update()
+    rows = [_row(found) for found in lines.rows()]
     return Result(
         f"scores at a rank ratio of {RANK_RATIO:.0%}, uniform svd and fwsvd, greedy and sequential kfac",
         rows,
@@ -67,8 +68,19 @@ def run(options: Options) -> Result:
             "Small models (2 layers of width 64) trained for this on made-up data, images on scikit-learn's digits; "
             "one run, seed 0, no training after the compression. Of fill-mask less is better, of all others more."
         ],
-        {"tasks": figures},
+        {"tasks": lines.rows()},
     )
+
+
+def _row(found: Record) -> Row:
+    """The figures of a task."""
+    scored = {method: f"{found[method]:.1f}" for method in ("dense", *METHODS)}
+    return {
+        "task": found["task"],
+        "score": found["metric"],
+        **scored,
+        "parameters of the blocks": f"{found['share']:.0%}",
+    }
 
 
 def scores(name: str, folder: Path) -> Record:
@@ -208,9 +220,20 @@ def _translation(generator: np.random.Generator) -> Record:
     return dict(zip(("source", "target"), texts, strict=True))
 
 
+def _news(generator: np.random.Generator) -> Record:
+    """A document of twelve words, of which three are of the first topic; these are its summary, in their order."""
+    words = generator.integers(TOPIC_WORDS, WORDS, size=12)
+    places = np.sort(generator.permutation(12)[:3])
+    words[places] = generator.integers(TOPIC_WORDS, size=3)
+    return {
+        name: " ".join(f"w{word}" for word in told) for name, told in (("document", words), ("summary", words[places]))
+    }
+
+
 CASES = {
     "fill-mask": Case(_chain, lambda: BertForMaskedLM(_bert()), 5),
     "question-answering": Case(_fact, lambda: BertForQuestionAnswering(_bert()), 8),
     "multi-label": Case(_mixture, _classifier, 5),
+    "summarization": Case(_news, _bart, 10),
     "translation": Case(_translation, _bart, 10),
 }

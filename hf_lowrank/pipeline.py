@@ -267,6 +267,21 @@ class Pipeline:
                 "it without healing, and heal the result with the dense model as teacher"
             )
 
+    def check_losses(self, study: str) -> None:
+        """Raise where the model has no losses to study, but embeddings of texts.
+
+        Args:
+            study: what needs them.
+
+        Raises:
+            LowRankError: it says what to do.
+        """
+        if self._readout is not None:
+            raise LowRankError(
+                f"{study} measures losses, and embeddings of sentence-transformers have none: compress the model to "
+                "several sizes, scoring each"
+            )
+
     def begin(
         self,
         folder: str | Path,

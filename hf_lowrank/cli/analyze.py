@@ -98,6 +98,7 @@ def _analyzed(model: str, task: "Task", methods: tuple[str, ...], given: Analyze
     chosen: dict[str, Any] = {name: getattr(given, name) for name in ("rank_ratio", "groups", "eval_samples")}
     config = AnalysisConfig(methods, **chosen, seed=given.calibration.seed, **given.layers.patterns)
     pipeline = Pipeline.load(model, task, given.data.data_dir, **vars(given.calibration))
+    pipeline.check_losses("an analysis")
     if isinstance(pipeline.model, LowRankMixin):  # whole weights are changed, and sizes are those of the dense model
         pipeline.model = densify(pipeline.model)
     validation = pipeline.validation

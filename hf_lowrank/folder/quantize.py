@@ -121,11 +121,16 @@ def quantize_(
         How many layers were rounded.
 
     Raises:
-        LowRankError: as `quantizable`; a dense model's embeddings are to get 4 bits.
+        LowRankError: as `quantizable`; a dense model's embeddings are to get 4 bits, or it is an encoder-decoder.
     """
     if quantization.of_embeddings == 4 and not isinstance(model, LowRankMixin):
         raise LowRankError(
             f"transformers cannot load a dense {type(model).__name__} with embeddings of 4 bits: give them 8"
+        )
+    if model.config.is_encoder_decoder and not isinstance(model, LowRankMixin):
+        raise LowRankError(
+            "transformers cannot run a dense encoder-decoder that compressed-tensors has packed: compress it first, or "
+            'take the library "torchao"'
         )
     layers = quantizable(model, quantization)
     own = {f"{name}{factor}": few for name, few in (bits or {}).items() for factor in FACTORS}

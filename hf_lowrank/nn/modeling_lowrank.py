@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -102,6 +103,7 @@ class LowRankMixin(_ModelBase):
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what is told of the loading
         if hasattr(model, "ct_decompress_hook"):
             model.hf_quantizer.compressor.decompress_model(model)
+            _unwrap(model)
         return loaded
 
     @classmethod
@@ -262,6 +264,19 @@ def _pack_again(model: Any) -> None:
     compressor.compress_model(model, skip_compressed=True)
     for module in rounded:
         module.to(dtype)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Let modules whose weights are where they are used be called as they are, not through compressed-tensors.
+
+    It hands weights from one device to another around every call, and makes plain dicts of outputs that are handed on,
+    which decoders cannot read. Weights that are kept elsewhere stay in its care.
+    """
+    offload: Any = import_module("compressed_tensors.offload.module")  # not as a statement: not everybody has it
+    for module in model.modules():
+        weights: Any = module._parameters
+        if str(getattr(weights, "onload_device", "")) == str(getattr(weights, "offload_device", None)):
+            offload.remove_module_offload(module, onload_tensors=True)
 
 
 @contextmanager

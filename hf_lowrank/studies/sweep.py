@@ -52,9 +52,11 @@ def sweep(pipeline: Pipeline, config: SweepConfig, folder: Path) -> list[Record]
     goes on with what is missing. A budget that cannot be met leaves a record that says so.
 
     Raises:
-        LowRankError: unusable data; or the folder holds a sweep of another model, data, or settings.
+        LowRankError: unusable data, or a model of sentence-transformers; or the folder holds a sweep of another model,
+            data, or settings.
     """
     refuse_several("a sweep")
+    pipeline.check_losses("a sweep")
     model, wanted = pipeline.model, [None, *config.runs()]
     checked_targets(model, config.runs()[0])  # before anything is measured
     with held(folder), bar("sweep", len(wanted), "models") as shown:

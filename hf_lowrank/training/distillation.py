@@ -49,11 +49,11 @@ class Distillation:
             LowRankError: their labels, widths or depths do not fit each other.
         """
         ours, theirs = student.config, self.teacher.config
-        if ours.num_labels != theirs.num_labels or ours.vocab_size != theirs.vocab_size:
+        words, known = (getattr(config, "vocab_size", 0) for config in (ours, theirs))  # none of images
+        if ours.num_labels != theirs.num_labels or words != known:
             raise LowRankError(
-                f"the teacher has {theirs.num_labels} labels and {theirs.vocab_size} tokens, the model "
-                f"{ours.num_labels} and {ours.vocab_size}: a teacher knows the "
-                "same task and has the same tokenizer"
+                f"the teacher has {theirs.num_labels} labels and {known} tokens, the model {ours.num_labels} and "
+                f"{words}: a teacher knows the same task and has the same tokenizer"
             )
         depths = theirs.num_hidden_layers, ours.num_hidden_layers
         if self.hidden and ours.is_encoder_decoder:
@@ -113,5 +113,6 @@ def _hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], batch
     """The mean squared difference after the student's blocks; the first of both tuples are the embeddings."""
     step = (len(teacher) - 1) // (len(student) - 1)
     pairs = zip(student[1:], teacher[step::step], strict=True)
-    kept = batch["attention_mask"].bool()
+    mask = batch.get("attention_mask")  # none of images, whose patches all count
+    kept = ... if mask is None else mask.bool()
     return torch.stack([F.mse_loss(ours[kept].float(), theirs[kept].float()) for ours, theirs in pairs]).mean()

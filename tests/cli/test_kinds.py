@@ -14,8 +14,10 @@ from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTF
 from hf_lowrank import LowRankError, Statistics, compute_statistics
 from hf_lowrank.folder.loading import load_model
 from hf_lowrank.model.targets import find_targets
+from hf_lowrank.studies.bench.run import bench
 from hf_lowrank.tasks import encode, get_task, load_split
 from hf_lowrank.tasks.calibration import calibration_loader
+from hf_lowrank.training.distillation import Distillation
 from tests.jobs.test_distributed import assert_equal_up_to_order
 from tests.launches import Job, hf_lowrank
 from tests.tasks.test_kinds import MODELS, masking_tokenizer, written
@@ -135,6 +137,18 @@ def test_images_are_read_in_half_precision_by_models_that_do_not_convert_them(la
         for name in list(find_targets(model))[-1:]
     )
     torch.testing.assert_close(half, whole, rtol=0.2, atol=0.1 * float(whole.max()))
+
+
+def test_images_are_learnt_from_a_teacher_and_not_timed(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "image-classification")
+    model: Any = ViTForImageClassification.from_pretrained(folder).eval()
+    distillation = Distillation(model)
+    distillation.check(model)
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])}
+    outputs = model(pixel_values=batch["pixel_values"], output_hidden_states=True)
+    assert abs(float(distillation.loss(torch.tensor(0.0), outputs, batch))) < 1e-6
+    with pytest.raises(LowRankError, match="reads other things than tokens, such as images; only models of tokens"):
+        bench(folder, against=folder)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.compression.codes import coded, measured_to_round, solver_for_codes
@@ -29,6 +29,7 @@ from hf_lowrank.pipeline import Pipeline
 from hf_lowrank.training.similarity import shared_neighbours
 from tests.helpers import HIDDEN, outputs, tiny_bert, tiny_llama, token_ids
 from tests.launches import QUIET
+from tests.tasks.test_kinds import bart
 from tests.tiny_task import WORDS, write_encoder
 
 OFFERED = [(q.name, bits, scheme) for q in QUANTIZERS.values() for bits, scheme in q.offers]
@@ -251,6 +252,21 @@ def test_a_damaged_model_is_refused_with_and_without_statistics(tmp_path: Path) 
     for known in (None, statistics):
         with pytest.raises(LowRankError, match=rf"{name}\.down: 1 of its \d+ weights are not finite"):
             quantize_folder(source, tmp_path / "out", statistics=known)
+
+
+def test_an_encoder_decoder_runs_if_it_was_compressed(tmp_path: Path) -> None:
+    needs("compressed-tensors")
+    model = bart()
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(LowRankError, match="cannot run a dense encoder-decoder that compressed-tensors has packed: "):
+        quantize_folder(tmp_path / "dense", tmp_path / "dense8")
+    saved(tmp_path / "small", model)
+    quantize_folder(tmp_path / "small", tmp_path / "small8")
+    ids = torch.tensor([[2, 5, 6, 7, 3]])
+    small, small8 = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name).eval() for name in ("small", "small8"))
+    found, wanted = (each(input_ids=ids, decoder_input_ids=ids).logits for each in (small8, small))
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+    assert small8.generate(ids, max_new_tokens=3).shape[0] == 1
 
 
 def test_embeddings_of_four_bits(tmp_path: Path) -> None:

@@ -216,6 +216,16 @@ def test_a_task_of_single_texts_is_refused(folder: Path, tmp_path: Path) -> None
         Pipeline.load(str(folder), get_task("cola"), write_cola(tmp_path / "cola"))
 
 
+def test_studies_of_losses_are_refused(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("sweep", "analyze"):
+        words = (command, folder, "--task", "stsb", "--data-dir", data, "--output", tmp_path / command)
+        code, _, err = run(monkeypatch, capfd, *words)
+        assert code == 2
+        assert "measures losses, and embeddings of sentence-transformers have none: compress the model to" in err
+
+
 def test_a_push_takes_what_follows_the_transformer(folder: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.load(str(folder), texts=TEXTS)
     pipeline.compress(rank_ratio=0.4)

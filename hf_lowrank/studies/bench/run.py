@@ -61,13 +61,15 @@ def bench(
     ("decode", per token), others at a "forward" pass.
 
     Raises:
-        LowRankError: a model that is not whole, a dense one with nothing `against` it, one of another vocabulary, or
-            inputs too long for it.
+        LowRankError: a model of images or sound, one that is not whole, a dense one with nothing `against` it, one of
+            another vocabulary, or inputs too long for it.
     """
     config = config or BenchConfig()
     low_class = own_class(model_config := read_config(folder))
     if against is None and not getattr(model_config, "ranks", None):
         raise LowRankError(f"{folder} is dense: say what to measure it against, such as the model it was made from")
+    if not hasattr(model_config.get_text_config(), "vocab_size"):
+        raise LowRankError(f"{folder} reads other things than tokens, such as images; only models of tokens are timed")
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None) or max(config.lengths)
     if max(config.lengths) > longest:
         raise LowRankError(f"{folder} takes at most {longest} tokens, not {max(config.lengths)}")
