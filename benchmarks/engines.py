@@ -6,6 +6,7 @@ the JSON, so that a run that ended early goes on there; times are taken at the e
 """
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -183,10 +184,14 @@ def score(pipeline: Pipeline, computed: Any) -> float:
 
 @torch.inference_mode()
 def timed(forms: list[Form], shape: Shape, rounds: int) -> list[str]:
-    """How many times as fast as the first form every one is, in one run, the forms taking turns."""
+    """How many times as fast as the first form every one is, in one run, the forms taking turns.
+
+    By the processor time of all threads, which other programs do not stretch, where each has one to compute with.
+    """
     inputs = example_inputs(forms[0].computed.config, shape)
     calls: dict[int, Callable[[], Any]] = {n: _call(form.computed, inputs) for n, form in enumerate(forms)}
-    seconds = alternate(calls, rounds, repeats_for(calls[0], seconds=0.3))
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = alternate(calls, rounds, repeats_for(calls[0], seconds=0.3), clock)
     return [ratio(seconds[0], own).text() for own in seconds.values()]
 
 
