@@ -11,6 +11,7 @@ from datasets.utils.logging import disable_progress_bar
 
 from benchmarks import (
     attention,
+    blockwise,
     calibration,
     compiled,
     convergence,
@@ -59,6 +60,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "profile": profile_compress.run,
     "factorization": factorization.run,
     "memory": memory.run,
+    "blockwise": blockwise.run,
     "scaling": scaling.run,
     "calibration": calibration.run,
     "attention": attention.run,
@@ -96,7 +98,8 @@ NEED_MODEL = (
     "sequential",
     "shrink",
 )
-BY_NAME = ("engines", "mutation", "lm", "tokens", "gpu")  # too long, for few machines, or with packages of their own
+# Too long, for few machines, or with packages of their own:
+BY_NAME = ("blockwise", "engines", "mutation", "lm", "tokens", "gpu")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -111,6 +114,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   profile        where the time of compress goes; needs --model                            about 2 minutes for MiniLM
   factorization  ranks and factors against decomposing every layer once, 50M parameters   about a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
+  blockwise      peak memory of compress by blocks, Llamas of 8 to 64 blocks of width 1,024 about 30 minutes
   scaling        two processes against one                                                 about 2 minutes
   labels         labels of the data, drawn, and of the model, by three seeds; needs --model about 15 minutes for MiniLM
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_lowrank.allocation import Profile, get_allocation
+from hf_lowrank.compression.blockwise import why_whole
 from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
 from hf_lowrank.compression.compress import CompressionConfig, check_possible, compress
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
@@ -32,6 +33,8 @@ from hf_lowrank.folder.saving import add_facts, save_compressed
 from hf_lowrank.folder.scores import with_divergence, with_score
 from hf_lowrank.folder.sentences import Sentences, embeds_sentences, read_sentences
 from hf_lowrank.jobs.checkpoint import MINUTES, Work
+from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.model.blocks import NotAChain
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.predictions import Readout
 from hf_lowrank.model.weights import model_digest
@@ -39,6 +42,7 @@ from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.solvers import METHODS, get_method
 from hf_lowrank.statistics import Statistics, compute_statistics
 from hf_lowrank.statistics.batches import Marks
+from hf_lowrank.statistics.blockwise import statistics_by_blocks
 from hf_lowrank.statistics.container import statistics_digest
 from hf_lowrank.statistics.labels import Labels, ModelLabels
 from hf_lowrank.tasks import Task, collator, described, get_task, label_mapping, load_validation
@@ -75,6 +79,7 @@ class Pipeline:
         work: where unfinished work is kept; None for nowhere (see `begin`).
         facts: what the record says besides what the pipeline knows by itself.
         progress: whether bars are shown.
+        blockwise: whether the blocks of the model stay on disk, and are measured and factorized one at a time.
         sentences: of a sentence-transformers folder, what follows the transformer: its embeddings are what counts.
         quantization: how `save` stores weights; None for as they are, but where a budget in bytes chooses bits. What is
             measured for compressing is then measured of all layers that are rounded, and says how to round them.
@@ -100,6 +105,7 @@ class Pipeline:
     work: Work | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     progress: bool = True
+    blockwise: bool = False
     sentences: Sentences | None = None
     quantization: Quantization | None = None
     report: CompressionReport | None = field(default=None, init=False)
@@ -140,7 +146,11 @@ class Pipeline:
             )
         the_task = the_task and fitting(name, the_task)
         options["sentences"] = read_sentences(name)
-        model, tokenizer = load_as_saved(name) if the_task is None else load_model(name, the_task)
+        model, tokenizer = (
+            load_as_saved(name)
+            if the_task is None
+            else load_model(name, the_task, on_disk=options.get("blockwise", False))
+        )
         return cls(model, tokenizer, the_task, data_dir, public_name(name), dtype=stored_dtype(name), **options)
 
     def labels_for(self, config: CompressionConfig) -> str:
@@ -309,6 +319,7 @@ class Pipeline:
             LowRankError: as `Work.open`.
         """
         known = {"task": self.task and self.task.name, "batch_size": self.batch_size, "labels": self.labels}
+        known |= {"blockwise": True} if self.blockwise else {}
         samples = data_digest(self.calibration) if measures and statistics is None else None
         key = {
             "model": model_digest(self.model),
@@ -356,21 +367,26 @@ class Pipeline:
             LowRankError: as `compute_statistics`.
         """
         whose, marks = labels or self.labels or "data", Marks() if _go_on(kinds) else None
-        measured = compute_statistics(
-            self.model,
-            self._rows_by(whose),
-            kinds,
-            labels=self._labels(whose),
-            include=include,
-            exclude=exclude,
-            origin=self.origin | origin,
-            progress=self.progress,
-            device=self.device,
-            work=self.work,
-            marks=marks,
-        )
+        rest = {"include": include, "exclude": exclude, "origin": self.origin | origin, "device": self.device}
+        options: Any = {**rest, "progress": self.progress, "work": self.work, "marks": marks}
+        measured = self._measured(self._rows_by(whose), kinds, labels=self._labels(whose), **options)
         self._marks = (measured, marks) if marks is not None else (None, Marks())
         return measured
+
+    def _measured(self, rows: DataLoader, kinds: Sequence[str], **options: Any) -> Statistics:
+        """Statistics, block by block if the pipeline is to go so, and the model's blocks can."""
+        if self.blockwise:
+            try:
+                return statistics_by_blocks(self.model, rows, kinds, **options)
+            except NotAChain as why:
+                self._load_whole(str(why))
+        return compute_statistics(self.model, rows, kinds, **options)
+
+    def _load_whole(self, why: str) -> None:
+        """From now on the whole model is in memory, and it is said why."""
+        if self.blockwise:
+            say_once(f"{self.name} does not go block by block, as {why}: the whole model is loaded")
+            self.model, self.blockwise = load_trained(str(self.model.name_or_path), self.reading[1]), False
 
     def profile(self, config: CompressionConfig, statistics: Statistics | None) -> Profile | None:
         """The losses of single layers, measured, where the allocation of `config` asks for them.
@@ -407,6 +423,8 @@ class Pipeline:
         if config is not None and settings:
             raise LowRankError(f"give a config or settings, not both: {', '.join(settings)}")
         config = self.settled(config or CompressionConfig(**settings))
+        if self.blockwise and (why := "few bits need it" if self._rounds(config) else why_whole(self.model, config)):
+            self._load_whole(why)
         measured = statistics or self.statistics(config)
         profile = profile or self.profile(config, measured)
         rest: Any = {"work": self.work, "profile": profile, "dtype": self.dtype, **self._rows_again(config, measured)}
@@ -432,6 +450,7 @@ class Pipeline:
         Raises:
             LowRankError: as `compress`, `limit_for` and `search_smallest`; no model is good enough.
         """
+        self._load_whole("it is compressed many times")
         measured = statistics or self.statistics(config)
         profile = self.profile(config, measured)
         limit = limit_for(self.model, *self.reading, self.validation, keep_score, max_loss_increase)
@@ -457,6 +476,8 @@ class Pipeline:
         Raises:
             LowRankError: as `heal`.
         """
+        if self.blockwise:
+            raise LowRankError("a model whose blocks stay on disk cannot be trained: save it, and heal what was saved")
         folder = None if self.work is None else self.work.folder / "healing"
         tokenizer, task = self.reading
         options: Any = {"dtype": self.dtype, "checkpoints": folder, "resume": True, **settings}
@@ -506,7 +527,7 @@ class Pipeline:
         """
         task = self.reading[1]
         with alone(self._packs):
-            dense, saved = load_trained(name, task), load_trained(str(folder), task)
+            dense, saved = (load_trained(each, task, self.blockwise) for each in (name, str(folder)))
         found = self.divergence(dense, saved)
         if self._readout is not None and task.is_scored:
             self.facts["neighbours"] = agreement(dense, saved, *self.reading, self._readout, self.data_dir)
@@ -524,7 +545,7 @@ class Pipeline:
         """
         _, task = self.reading
         with alone(self._packs):
-            loaded, tokenizer = load_model(str(folder), task)
+            loaded, tokenizer = load_model(str(folder), task, self.blockwise)
         if self._readout is None:
             figures, scored_on = evaluate_described(loaded, tokenizer, task, self.data_dir)
         else:

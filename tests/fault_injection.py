@@ -17,16 +17,21 @@ if __name__ == "__main__":
 
 from tests.launches import Job, content, hf_lowrank, make_data, make_model
 
+BY_BLOCKS = ("--method", "kfac", "--rank-ratio", 0.3, "--batch-size", 4, "--blockwise", "on", "--resume")
 SETTINGS = ("--method", "ekfac", "--rank-ratio", 0.3, "--batch-size", 4, "--checkpoint-minutes", 0, "--resume")
 
 
 class Injection:
     """A job of the command in `folder`, that dies at random points of its run."""
 
-    def __init__(self, folder: Path, seed: int, processes: int = 1, rows: int = 25, layers: int = 2) -> None:
+    def __init__(
+        self, folder: Path, seed: int, processes: int = 1, rows: int = 25, layers: int = 2, by_blocks: bool = False
+    ) -> None:
+        self.by_blocks = by_blocks
         self.folder, self.random, self.processes = folder, random.Random(seed), processes
         self.words: list[Any] = ["compress", make_model(folder / "model", num_hidden_layers=layers)]
-        self.words += ["--task", "cola", "--data-dir", make_data(folder / "data", rows), *SETTINGS]
+        self.words += ["--task", "cola", "--data-dir", make_data(folder / "data", rows)]
+        self.words += BY_BLOCKS if by_blocks else SETTINGS
         Job(folder / "warm-up", time.sleep, 0).done()  # from here on, jobs start at once
         started = time.monotonic()
         self.start(folder / "undisturbed", processes).done()
@@ -63,7 +68,7 @@ class Injection:
 
     def next_processes(self, output: Path) -> int:
         """As many as at first while statistics are measured, any number later."""
-        measured = (work(output) / "statistics-2").exists()
+        measured = (work(output) / "statistics-2").exists() and not self.by_blocks
         return self.random.randint(1, 2) if measured and self.processes > 1 else self.processes
 
     def place(self, output: Path) -> str:
@@ -100,9 +105,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1, help="1 or 2 (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--by-blocks", action="store_true", help="with the blocks on disk")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        injection = Injection(Path(folder), given.seed, given.processes, rows=200, layers=6)
+        injection = Injection(Path(folder), given.seed, given.processes, rows=200, layers=6, by_blocks=given.by_blocks)
         completed, places = injection.run(given.kills)
     counts = {place: places.count(place) for place in sorted(set(places))}
     print(f"{len(places)} kills, {completed} runs completed, all the same bits; last file before a kill: {counts}")

@@ -25,7 +25,7 @@ from hf_lowrank.jobs.interrupts import Stopped, ending_in_order
 GRACE = 3.0  # seconds
 
 # Loggers of libraries that warn of what they can do without, those of quantizers wherever one is installed.
-NOTICES = ("huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree")
+NOTICES = ("huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree", "accelerate.big_modeling")
 
 
 class _Group(TyperGroup):

@@ -69,6 +69,13 @@ class CompressOptions:
             help="Then train the factors for a few minutes to say what the dense model says; see 'hf-lowrank heal'.",
         ),
     ] = False
+    blockwise: Annotated[
+        str,
+        typer.Option(
+            help="Hold one block of the model in memory at a time, and read it from disk: on, off, or auto, where the "
+            "whole model does not fit."
+        ),
+    ] = "auto"
     push_to_hub: Annotated[str | None, typer.Option(help="Publish it under this name; see 'hf-lowrank push'.")] = None
     job: JobOptions
     verbose: VerboseOption = False
@@ -97,6 +104,13 @@ class CompressOptions:
         quantization = Quantization(self.bits or 8)
         quantization.check_here()
         return quantization
+
+    @property
+    def needs_whole(self) -> str:
+        """What of the job needs the whole model in memory; "" if nothing does."""
+        asked = {"--heal": self.heal, "--bits": self.bits is not None, "--statistics": self.statistics is not None}
+        asked["a search for a score"] = self.search.given
+        return next((f"{name} needs it" for name, is_given in asked.items() if is_given), "")
 
     def chosen_task(self, config: CompressionConfig) -> "Task | None":
         """The task to measure on.
@@ -169,18 +183,21 @@ def _compressed(
     given: CompressOptions,
 ) -> "Pipeline":
     """The model called `model`, compressed, and scored before if that was asked for."""
-    from hf_lowrank.cli.work import check_memory, work_folder
+    from hf_lowrank.cli.work import begun_by_blocks, planned_memory, work_folder
     from hf_lowrank.folder.loading import load_trained
     from hf_lowrank.pipeline import Pipeline
     from hf_lowrank.statistics import Statistics
 
-    memory, place = check_memory(model, task, config.needs, given.layers, given.calibration.batch_size)
-    options = {"device": place, "quantization": quantization, **vars(given.calibration)}
+    begun = begun_by_blocks(work_folder(given.output)) if given.job.resume else None
+    asked = given.blockwise if begun is None or given.blockwise != "auto" else "on" if begun else "off"
+    plan = planned_memory(model, task, config, asked, given.calibration.batch_size, given.needs_whole)
+    place, by_blocks = (None, False) if plan is None else (plan.place, plan.by_blocks)
+    options = {"device": place, "quantization": quantization, "blockwise": by_blocks, **vars(given.calibration)}
     pipeline = Pipeline.load(model, task, given.data.data_dir, **options)
     config = pipeline.prepared(config)
     if given.heal:
         pipeline.check_dense()
-    pipeline.facts["memory"] = memory
+    pipeline.facts["memory"] = None if plan is None else plan.estimate.to_dict()
     if given.score and task is not None and task.is_scored:
         pipeline.score_dense()
     measured = Statistics.load(given.statistics) if given.statistics is not None and config.needs else None

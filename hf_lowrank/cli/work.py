@@ -9,11 +9,14 @@ import typer
 from accelerate import PartialState
 
 from hf_lowrank.cli.options import LayerOptions
-from hf_lowrank.compression.memory import estimate_memory, skeleton, statistics_device
+from hf_lowrank.compression.blockwise import PLANS, Plan, plan_memory
+from hf_lowrank.compression.config import CompressionConfig
+from hf_lowrank.compression.memory import MemoryEstimate, estimate_memory, skeleton, statistics_device
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.jobs.checkpoint import KEY, Work
 from hf_lowrank.jobs.distributed import held_for_all, on_main
-from hf_lowrank.jobs.files import refuse_existing
+from hf_lowrank.jobs.files import read_json, refuse_existing
+from hf_lowrank.jobs.settings import check_choice
 from hf_lowrank.tasks import Task
 
 
@@ -66,6 +69,42 @@ def refuse_output(output: Path, resume: bool, overwrite: bool, work: Path | None
     return overwrite
 
 
+def planned_memory(
+    model: str, task: Task | None, config: CompressionConfig, asked: str, batch_size: int, also: str
+) -> Plan | None:
+    """How the job goes about its memory (see `plan_memory`), told to the user; None where that cannot be known.
+
+    Raises:
+        LowRankError: as `plan_memory`.
+    """
+    state = PartialState()
+    check_choice("blockwise", asked, PLANS)
+    empty = skeleton(model, task, state.device) if task is not None else None
+    if task is None or empty is None:
+        return None
+    tokens = task.at_once(batch_size, task.max_length) * task.max_length
+    plan = plan_memory(empty, config, asked, state.device, tokens, also)
+    if state.is_main_process:
+        if plan.why_whole:
+            print(f"the whole model is held in memory, not block by block, as {plan.why_whole}", file=sys.stderr)
+        _tell(plan.estimate, plan.place, plan.by_blocks)
+    return plan
+
+
+def begun_by_blocks(folder: Path) -> bool | None:
+    """Whether the unfinished work in a folder goes block by block; None if there is none."""
+    path = folder / KEY
+    return bool(read_json(path).get("settings", {}).get("blockwise")) if path.is_file() else None
+
+
+def _tell(estimate: MemoryEstimate, place: torch.device | None, by_blocks: bool = False) -> None:
+    processes = PartialState().num_processes
+    parts = f", for each of {processes} processes" if processes > 1 else ""
+    kept = ", the statistics in main memory" if place is not None else ""
+    how = ", block by block" if by_blocks else ""
+    print(f"memory at the peak: about {estimate}{parts}{kept}{how}", file=sys.stderr)
+
+
 def check_memory(
     model: str, task: Task | None, kinds: Sequence[str], layers: LayerOptions, batch_size: int
 ) -> tuple[dict[str, int] | None, torch.device | None]:
@@ -82,7 +121,5 @@ def check_memory(
     estimate = estimate_memory(empty, kinds, **layers.patterns, tokens=tokens)
     place = statistics_device(estimate, state.device)
     if state.is_main_process:
-        parts = f", for each of {state.num_processes} processes" if state.num_processes > 1 else ""
-        kept = ", the statistics in main memory" if place is not None else ""
-        print(f"memory at the peak: about {estimate}{parts}{kept}", file=sys.stderr)
+        _tell(estimate, place)
     return estimate.to_dict(), place

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import Profile, Ranks, allocate, check_budget
 from hf_lowrank.compression.config import CompressionConfig
-from hf_lowrank.compression.directions import PARTS, Directions
+from hf_lowrank.compression.directions import PARTS, Directions, KeptDirections
 from hf_lowrank.compression.forms import converted
 from hf_lowrank.compression.latency import latency_for
 from hf_lowrank.compression.report import CompressionReport, LayerReport
@@ -24,6 +24,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import Result, agreed, divided, estimated_cost
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.blocks import is_on_disk
 from hf_lowrank.model.targets import Target, check_weights, dense_parameters, factorized_layers, find_targets
 from hf_lowrank.model.weights import is_sharded, placed_like, stored_parts, unwrapped
 from hf_lowrank.nn.editing_lowrank import replace_module, restack_experts, submodule
@@ -115,7 +116,7 @@ def compress(
     ranks = {name: decided.get(name) for name in targets}
     chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
     own = "model" if statistics is not None and statistics.labels != "data" else "data"
-    prefix = prefix_of(model, chosen, config, batches, labels or own, progress)
+    prefix = prefix_of(model, chosen, config, batches, labels or own, progress, work)
     del chosen  # so that what is replaced can be freed
     if config.sequential is None:
         config = replace(config, sequential=prefix is not None)
@@ -232,7 +233,7 @@ def _replace_layers(
     work: Work | None,
     prefix: Prefix | None,
     weighing: Weighing,
-) -> tuple[dict[str, LayerReport], dict[str, Directions]]:
+) -> tuple[dict[str, LayerReport], Mapping[str, Directions]]:
     """Put factors in the place of every layer that has a rank; each process solves its share.
 
     What became of the layers, and the directions of those that have an order.
@@ -241,6 +242,7 @@ def _replace_layers(
     layers = {name: kept_report(targets[name]) for name, rank in ranks.items() if rank is None}
     costs = {name: estimated_cost(targets[name].shape) for name in ranks if name not in layers}
     kept, holders = work.store("factors") if work is not None else None, weighing.holders()
+    left = KeptDirections(kept) if kept is not None and is_on_disk(model) else None
     steps: Iterable[tuple[LayerSolver, Sequence[str]]]
     steps = [(solver, [*costs])] if prefix is None else behind_each_other(prefix, solver, costs, kept)
 
@@ -253,10 +255,13 @@ def _replace_layers(
                 return stored_parts(low_rank) | (vars(found) if found else {}), asdict(layer)
 
             for name, (factors, facts) in divided({name: costs[name] for name in names}, solve, kept, holders):
-                low_rank = placed_like(targets.pop(name).module, factors)  # and the dense layer can be freed
+                file = kept.path(name) if kept is not None else None
+                low_rank = placed_like(targets.pop(name).module, factors, file)  # and the dense layer can be freed
                 replace_module(model, name, low_rank)
                 layers[name] = LayerReport.from_dict(facts)
-                if "worth" in factors:
+                if "worth" in factors and left is not None:
+                    left.names[name] = None
+                elif "worth" in factors:
                     directions[name] = Directions(*(factors[part].cpu() for part in PARTS))
                 shown.update()
     restack_experts(model)
@@ -268,7 +273,7 @@ def _replace_layers(
                 replace_module(model, name, changed)
                 layers[name] = replace(layers[name], parameters_after=changed.num_parameters())
                 directions.pop(name, None)  # they are of plain factors
-    return layers, directions
+    return layers, directions if left is None else left
 
 
 def _decided(decide: Callable[[], Any], work: Work | None) -> Any:

@@ -5,11 +5,13 @@ directions of the scaled weight, the most valuable first, and the best factors o
 Eckart & Young (1936). That basis and the worth of every direction are all that a further truncation needs to know.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from hf_lowrank.jobs.checkpoint import Store
 from hf_lowrank.solvers.factors import Factors
 from hf_lowrank.solvers.gauge import rotation
 
@@ -45,3 +47,23 @@ class Directions:
 
 
 PARTS = tuple(part.name for part in fields(Directions))
+
+
+class KeptDirections(Mapping[str, Directions]):
+    """The directions of layers whose factors are kept in a store, read when they are asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.names: dict[str, None] = {}
+
+    def __getitem__(self, name: str) -> Directions:
+        if name not in self.names:
+            raise KeyError(name)
+        tensors, _ = self.store.load(name)
+        return Directions(*(tensors[part] for part in PARTS))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

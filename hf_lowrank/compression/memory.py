@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.blocks import block_bytes
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.model.weightless import weightless
@@ -62,7 +63,38 @@ def estimate_memory(
         LowRankError: as `find_targets`.
     """
     targets = find_targets(model, include, exclude)
-    layers = list(targets.values())
+    return MemoryEstimate(
+        _bytes(model.parameters()) + _bytes(model.buffers()),
+        statistics_bytes(targets, kinds),
+        _workspace(model, list(targets.values()), kinds, tokens),
+    )
+
+
+def estimate_by_blocks(
+    model: PreTrainedModel,
+    kinds: Sequence[str],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    tokens: int = 0,
+) -> MemoryEstimate:
+    """As `estimate_memory`, where blocks come from disk one at a time: two of them, and the statistics of one.
+
+    Raises:
+        LowRankError: as `find_targets`.
+    """
+    targets, blocks = find_targets(model, include, exclude), block_bytes(model)
+    inside = [{n: target for n, target in targets.items() if n.startswith(f"{block}.")} for block in blocks]
+    inside = [layers for layers in inside if layers]
+    rest = _bytes(model.parameters()) + _bytes(model.buffers()) - sum(blocks.values())
+    return MemoryEstimate(
+        rest + 2 * max(blocks.values(), default=0),
+        max((statistics_bytes(layers, kinds) for layers in inside), default=0),
+        max((_workspace(model, list(layers.values()), kinds, tokens) for layers in inside), default=0),
+    )
+
+
+def _workspace(model: PreTrainedModel, layers: Sequence[Target], kinds: Sequence[str], tokens: int) -> int:
+    """Of running some layers at once forward and back, or of factorizing the largest, whichever is more."""
     size = next(model.parameters()).element_size()
     vocabulary = getattr(model.get_output_embeddings(), "out_features", 0)
     visited = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
@@ -71,10 +103,7 @@ def estimate_memory(
     patches = 4 * tokens * max((layer.shape[1] for layer in layers if layer.kind == "convolution"), default=0)
     gradient = 2 * 4 * max(prod(layer.shape) for layer in layers) if kinds else 0
     solving = max(factorization_bytes(layer.shape, layer.kind == "embedding") for layer in layers)
-    workspace = max(activations + gradient + patches, solving)
-    return MemoryEstimate(
-        _bytes(model.parameters()) + _bytes(model.buffers()), statistics_bytes(targets, kinds), workspace
-    )
+    return max(activations + gradient + patches, solving)
 
 
 def statistics_bytes(targets: Mapping[str, Target], kinds: Sequence[str]) -> int:

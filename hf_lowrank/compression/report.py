@@ -1,5 +1,6 @@
 """What a compression did, layer by layer: for a person as a table, for a machine as JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class CompressionReport:
     earlier: tuple[dict[str, Any], ...] = ()
     untouched: tuple[LayerReport, ...] = ()
     bits: dict[str, int] = field(default_factory=dict)
-    directions: "dict[str, Directions]" = field(default_factory=dict, compare=False, repr=False)
+    directions: "Mapping[str, Directions]" = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def targeted_before(self) -> int:

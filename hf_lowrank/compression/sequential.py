@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.solution import LayerSolver
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.jobs.checkpoint import Store
+from hf_lowrank.jobs.checkpoint import Store, Work
 from hf_lowrank.jobs.distributed import on_main
 from hf_lowrank.model.targets import Target, tied_targets
 from hf_lowrank.solvers import get_method
@@ -44,6 +44,7 @@ def prefix_of(
     batches: Iterable[Batch] | Marks | None,
     labels: str | Labels,
     progress: bool,
+    work: Work | None = None,
 ) -> Prefix | None:
     """The samples, to be run behind the layers that are solved; None where layers are factorized in one shot.
 
@@ -53,6 +54,7 @@ def prefix_of(
         targets: the layers that get factors.
         batches: the samples of the statistics, or what measuring those marked of them.
         labels: whose labels those are by.
+        work: where what is kept of the samples may be.
 
     Raises:
         LowRankError: the config asks for sequential factors, and a layer is used several times.
@@ -62,7 +64,7 @@ def prefix_of(
         return None
     marked = batches if isinstance(batches, Marks) else marked_batches(model, later, batches or (), labels, progress)
     try:
-        return Prefix.of(model, later, marked)
+        return Prefix.of(model, later, marked, work)
     except LowRankError:  # of a layer that is not used once
         if config.sequential:
             raise

@@ -44,7 +44,7 @@ class LayerSolver:
         """
         assert self.statistics is not None
         known = {kind: dict.fromkeys(names, total) for kind, total in sums.items()}
-        return replace(self, statistics=replace(self.statistics, sums=self.statistics.sums | known))
+        return replace(self, statistics=replace(self.statistics, sums={**self.statistics.sums, **known}))
 
     def spectrum(self, name: str) -> Tensor:
         """What discarding each direction of a layer adds to the expected loss [min(out, in)], largest first.

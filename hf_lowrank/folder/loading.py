@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_lowrank.compression.memory import skeleton
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.hub_errors import hub_problem, one_line
 from hf_lowrank.folder.packing import quiet, unpack
@@ -14,6 +15,7 @@ from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.jobs.settings import check_seed
+from hf_lowrank.model.blocks import blocks_on_disk
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
 from hf_lowrank.tasks.labels import mapping_note
@@ -25,7 +27,7 @@ SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, task: Task, on_disk: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer called `name`, the model as by `load_trained`.
 
     Raises:
@@ -34,7 +36,7 @@ def load_model(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokeni
     folder = resolve(name)
     _readable_config(folder, task)
     tokenizer = load_tokenizer(folder)  # first, as a model may take minutes
-    return load_trained(name, task), tokenizer
+    return load_trained(name, task, on_disk), tokenizer
 
 
 def load_as_saved(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -50,10 +52,11 @@ def load_as_saved(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase |
     return model, None
 
 
-def load_trained(name: str, task: Task) -> PreTrainedModel:
+def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedModel:
     """The model called `name`, on this process's device, where no text is to be read.
 
     Half precision is computed in float32 on a CPU, which has no fast arithmetic for it, and as it is on an accelerator.
+    The weights of its blocks may stay `on_disk`, from where they come for the calls that need them.
 
     Raises:
         LowRankError: no such model, one that cannot be read, or one without a trained head for the task.
@@ -62,10 +65,12 @@ def load_trained(name: str, task: Task) -> PreTrainedModel:
     config = _readable_config(name, task)
     device = PartialState().device
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    empty = skeleton(name, task, device) if on_disk else None
+    places = {} if empty is None else {"device_map": blocks_on_disk(empty, device)}
     try:
         with quiet(config):
             model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
-                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **places
             )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors its own
         raise LowRankError(f"{name} cannot be loaded as a model for {task.name}: {_first_line(error)}") from error
@@ -81,7 +86,7 @@ def load_trained(name: str, task: Task) -> PreTrainedModel:
     if task.kind == "multi_label":
         _check_flags(model.config, name, task)
     unpack(model)
-    return model.to(device)
+    return model if places else model.to(device)
 
 
 def load_for_finetuning(

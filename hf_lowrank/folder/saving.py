@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from hf_lowrank.folder.fingerprint import fingerprint
 from hf_lowrank.folder.packing import quiet
 from hf_lowrank.folder.sentences import copy_modules
 from hf_lowrank.jobs.files import atomic_folder, read_json, write_json
+from hf_lowrank.model.blocks import is_on_disk, shard_bytes
 from hf_lowrank.model.checks import refuse_adapter
+from hf_lowrank.model.weights import read_as
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.nn.publishing_lowrank import RECORD
 
@@ -62,7 +65,11 @@ def save_model(
     with atomic_folder(folder, overwrite) as whole, quiet(model.config):
         if dtype is not None:
             nn.Module.to(model, dtype)
-        model.save_pretrained(whole)
+            read_as(model, dtype)
+        with catch_warnings():
+            filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # one shard at a time
+            size: Any = {"max_shard_size": shard_bytes(model)} if is_on_disk(model) else {}
+            model.save_pretrained(whole, **size)
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
         copy_modules(model, whole)

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState, cpu_offload
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader, align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -15,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.digests import digest_of
 from hf_lowrank.model.checks import check_model
-from hf_lowrank.nn.layers_lowrank import LowRankLayer, dense_weight, layer_class_for
+from hf_lowrank.nn.layers_lowrank import LowRankLayer, LowRankLinear, dense_weight, layer_class_for
 
 
 def unwrapped(model: Any) -> Any:
@@ -78,8 +80,11 @@ def stored_parts(layer: LowRankLayer) -> dict[str, Tensor]:
     return {"up": up, "down": down} | ({"bias": bias} if isinstance(bias, Tensor) else {})
 
 
-def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
-    """A low-rank layer of its `stored_parts` in place of `linear`: offloaded to main memory if that was."""
+def placed_like(linear: nn.Module, factors: Mapping[str, Tensor], file: Path | None = None) -> nn.Module:
+    """A low-rank layer of its `stored_parts` in place of `linear`: offloaded to main memory if that was.
+
+    If that was on disk, and a `file` holds these parts, they are read from there when they are needed.
+    """
     offloaded = _offloaded_parts(linear)
     with readable(linear):
         layer = layer_class_for(linear).from_factors(linear, factors["up"], factors["down"])
@@ -87,8 +92,34 @@ def placed_like(linear: nn.Module, factors: Mapping[str, Tensor]) -> nn.Module:
         layer.up.bias.data.copy_(factors["bias"])
     if offloaded:
         hook: Any = offloaded[0]._hf_hook
-        cpu_offload(layer, hook.execution_device)
+        on_disk = isinstance(getattr(hook.weights_map, "dataset", None), OffloadedWeightsLoader)
+        if on_disk and file is not None and isinstance(layer, LowRankLinear):
+            _read_from(file, layer, hook.execution_device)
+        else:
+            cpu_offload(layer, hook.execution_device)
     return layer
+
+
+def _read_from(file: Path, layer: LowRankLinear, device: torch.device) -> None:
+    """Drop the factors of a layer, and read them from a file when they are needed."""
+    keys = {"up.weight": "up", "down.weight": "down"} | ({"up.bias": "bias"} if layer.bias is not None else {})
+    dtype = str(layer.up.weight.dtype).removeprefix("torch.")
+    where = {"safetensors_file": str(file), "dtype": dtype}
+    index = {name: {**where, "weight_name": key} for name, key in keys.items()}
+    attach_align_device_hook(layer, device, offload=True, weights_map=OffloadedWeightsLoader(index=index))
+
+
+def read_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """From now on, parameters that come only for the call that needs them come in another dtype."""
+    for module in model.modules():
+        if has_offloaded_params(module):
+            hook: Any = module._hf_hook
+            held = hook.weights_map.dataset
+            for key in [f"{hook.weights_map.prefix}{name}" for name, p in module._parameters.items() if p is not None]:
+                if isinstance(held, OffloadedWeightsLoader):
+                    held.index[key]["dtype"] = str(dtype).removeprefix("torch.")
+                else:
+                    held[key] = held[key].to(dtype)
 
 
 def sums_device(module: nn.Module) -> torch.device:

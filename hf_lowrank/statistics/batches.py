@@ -21,9 +21,12 @@ class Marked:
 
 
 class Marks(list[Marked]):
-    """This process's samples in the parts that they were run in; `complete` if that is all, of all processes."""
+    """This process's samples in the parts that they were run in.
 
-    complete = False
+    `complete` if that is all, of all processes; `chained` if the model's blocks were run one at a time.
+    """
+
+    complete = chained = False
 
 
 def batch_size(batch: Batch) -> int:

@@ -236,10 +236,7 @@ class _Pass:
             try:
                 losses = self._backward(part, losses_of, None if idle else self.deliver, None if idle else self.read)
             except NotSeparable:
-                raise LowRankError(
-                    f"{type(self.model).__name__}: the samples of a batch cannot be told apart, though those of an "
-                    "earlier one could; give batches of a single sample"
-                ) from None
+                raise not_separable(self.model) from None
             if self.shared is not None:
                 self.shared.end_batch()
             if not idle:
@@ -432,6 +429,14 @@ def _check_finite(finite: dict[str, Tensor], numbers: list[int]) -> None:
     what, samples = next((what, samples) for what, samples in finite.items() if not samples.all())
     sample = numbers[int((~samples).nonzero()[0])]
     raise LowRankError(f"{what} is not finite for sample {sample} (counted from 0 in the order of the data)")
+
+
+def not_separable(model: PreTrainedModel) -> LowRankError:
+    """What is wrong where the samples of one batch could be told apart, and those of another cannot."""
+    return LowRankError(
+        f"{type(model).__name__}: the samples of a batch cannot be told apart, though those of an earlier one could; "
+        "give batches of a single sample"
+    )
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

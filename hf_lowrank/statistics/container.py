@@ -38,7 +38,7 @@ class Statistics:
         labels: whose labels the losses are by, "data" or "model" (see `compute_statistics`).
     """
 
-    sums: dict[str, dict[str, Tensor]]
+    sums: Mapping[str, Mapping[str, Tensor]]
     samples: int
     tokens: int
     weights: dict[str, str]
@@ -61,7 +61,7 @@ class Statistics:
             LowRankError: they are by other labels.
         """
         self.check_labels(other.labels)
-        return replace(self, sums=self.sums | other.sums)
+        return replace(self, sums={**self.sums, **other.sums})
 
     def check_labels(self, labels: str) -> None:
         """Raise unless the losses were by these labels.

@@ -189,12 +189,16 @@ def measuring(model: nn.Module, targets: dict[str, Target], recorder: Recorder) 
         modes = {module: module.training for module in model.modules()}
         config = getattr(model, "config", None)
         problem_type = getattr(config, "problem_type", None)  # which a model's own loss sets
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # by where they are, as those of offloaded layers are others after every call
+        owned = [(module, name) for module in model.modules() for name in module._parameters]
+        trainable = [
+            (module, name) for module, name in owned if getattr(module._parameters[name], "requires_grad", False)
+        ]
         handles = []
         try:
             model.eval()  # no dropout
-            for parameter in trainable:
-                parameter.requires_grad_(False)  # autograd then skips the ordinary weight gradients
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(False)  # autograd then skips the ordinary weight gradients
             for target in targets.values():
                 handles.append(recorder.watch(target))
                 handles += [recorder.watch(other, embedding=target.name) for other in tied[target.name]]
@@ -204,8 +208,8 @@ def measuring(model: nn.Module, targets: dict[str, Target], recorder: Recorder) 
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(True)
             if config is not None and getattr(config, "problem_type", None) != problem_type:
                 config.problem_type = problem_type
             for module, training in modes.items():

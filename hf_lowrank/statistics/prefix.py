@@ -5,26 +5,27 @@ reached. Blocks that are behind it are not computed again: what the last of them
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import has_offloaded_params
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.distributed import from_everyone, shared_errors, summed
 from hf_lowrank.jobs.progress import bar
+from hf_lowrank.model.blocks import KeptOutputs, Reached, dropped, giving, is_on_disk, list_of, loaded, outer_blocks
 from hf_lowrank.model.predictions import unlabelled
 from hf_lowrank.model.targets import Target, weight_shape
 from hf_lowrank.model.weights import sums_device
 from hf_lowrank.nn.editing_lowrank import replace_by_identity
-from hf_lowrank.nn.layers_lowrank import is_convolution
 from hf_lowrank.statistics.batches import Batch, Marked, Marks
 from hf_lowrank.statistics.collect import _Pass
 from hf_lowrank.statistics.hooks import measuring
@@ -39,10 +40,11 @@ SIDES: tuple[Side, Side] = ("dense", "low rank")
 
 @dataclass(frozen=True)
 class Step:
-    """Layers that read one input, and the block that they are in, None outside of all blocks."""
+    """Layers that read one input, the block that they are in, None outside of all blocks, and their `Target.kind`."""
 
     names: tuple[str, ...]
     block: str | None
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def forward_order(model: PreTrainedModel, targets: Mapping[str, Target], marked:
 
 
 def _observed(model: PreTrainedModel, targets: Mapping[str, Target], batch: Batch) -> Order:
-    entries = _outer_blocks(model)
+    entries = outer_blocks(model)
     calls: Counter[str] = Counter()
     blocks: dict[str, None] = {}
     numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -126,22 +128,12 @@ def _observed(model: PreTrainedModel, targets: Mapping[str, Target], batch: Batc
                 f"{name} is used {times} a forward pass, and sequential factors need layers that are used once: "
                 "compress without `sequential`, or exclude it"
             )
-    return Order(tuple(Step(tuple(names), key[0]) for key, names in readers.items()), tuple(blocks))  # type: ignore[index]
-
-
-def _outer_blocks(model: nn.Module) -> dict[str, str]:
-    """{entry: its list} of the module lists that are in no other."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return {f"{name}.{n}": name for name in outer for n in range(len(model.get_submodule(name)))}  # type: ignore[arg-type]
+    steps = (Step(tuple(names), key[0], targets[names[0]].kind) for key, names in readers.items())  # type: ignore[index]
+    return Order(tuple(steps), tuple(blocks))
 
 
 def _block_of(name: str, entries: Iterable[str]) -> str | None:
     return next((entry for entry in entries if name.startswith(f"{entry}.")), None)
-
-
-class _Reached(Exception):
-    """A run has come as far as it has to."""
 
 
 @dataclass
@@ -157,18 +149,25 @@ class Prefix:
     dense: dict[str, nn.Module] = field(default_factory=dict)
     chained: bool = False  # whether what a block gives decides all that comes after it
     behind: dict[str, str] = field(default_factory=dict)  # the list of blocks → the last one whose output is kept
-    given: dict[tuple[Side, int, str], Any] = field(default_factory=dict)  # (…, batch, list of blocks) → that output
+    given: MutableMapping[Any, Any] = field(default_factory=dict)  # (…, batch, list of blocks) → that output
 
     @classmethod
-    def of(cls, model: PreTrainedModel, targets: Mapping[str, Target], marked: Sequence[Marked]) -> "Prefix":
+    def of(
+        cls, model: PreTrainedModel, targets: Mapping[str, Target], marked: Sequence[Marked], work: Work | None = None
+    ) -> "Prefix":
         """That of no layer, the model being dense.
+
+        What the blocks of a model on disk give is there too, where there is `work` and they are known to be a chain.
 
         Raises:
             LowRankError: as `forward_order`.
         """
         prefix = cls(model, marked, forward_order(model, targets, marked))
+        known = isinstance(marked, Marks) and marked.chained
+        if known and work is not None and is_on_disk(model):
+            prefix.given = KeptOutputs(work.store(f"behind-{PartialState().process_index}"))
         with prefix._evaluating():
-            prefix.chained = bool(marked) and prefix._is_chain()
+            prefix.chained = known or (bool(marked) and prefix._is_chain())
         return prefix
 
     def _is_chain(self) -> bool:
@@ -200,11 +199,11 @@ class Prefix:
         shapes |= {"activation_mean": (size,), "mean_drift": (size,), "active_tokens": ()}
         sums = {kind: torch.zeros(shape, device=device) for kind, shape in shapes.items()}
         ahead = self._block_before(step)
-        with self._evaluating():
+        with self._evaluating(), loaded(*self._near(step, ahead)):
             for n, marked in enumerate(self.marked):
                 active = self._active(step, marked)
                 x, y = (self._read(side, n, step, ahead) for side in SIDES)
-                _add(sums, *(_rows(module, each, active) for each in (x, y)))
+                _add(sums, *(_rows(step, module, each, active) for each in (x, y)))
         if ahead is not None:
             self._move(ahead)
         total = {kind: summed(each) for kind, each in sums.items()}
@@ -215,6 +214,12 @@ class Prefix:
         known = [marked.active[name] for name in step.names if name in marked.active]
         return known[0] if known else torch.zeros(1, 1, dtype=torch.bool)
 
+    def _near(self, step: Step, ahead: str | None) -> list[nn.Module]:
+        """The blocks that are run up to a step, on both sides."""
+        blocks = [block for block in (ahead, step.block) if block is not None]
+        dense = [module for name, module in self.dense.items() if _block_of(name, blocks)]
+        return [*map(self.model.get_submodule, blocks), *dense]
+
     def _block_before(self, step: Step) -> str | None:
         """The block that a pass leaves just before that of a step, if its output is to be kept and is not yet."""
         if not self.chained:
@@ -223,7 +228,7 @@ class Prefix:
             before = self.order.blocks[-1:] if self.order.blocks else ()
         else:
             before = self.order.blocks[: self.order.blocks.index(step.block)][-1:]
-        return next((block for block in before if self.behind.get(_list_of(block)) != block), None)
+        return next((block for block in before if self.behind.get(list_of(block)) != block), None)
 
     def _read(self, side: Side, n: int, step: Step, ahead: str | None) -> Tensor:
         """What the layers of a step read, on a side, of batch n. The output of the block `ahead` is kept."""
@@ -233,12 +238,10 @@ class Prefix:
     @torch.no_grad()
     def _run(self, side: Side, n: int, step: Step, ahead: str | None) -> Tensor:
         seen: list[Tensor] = []
-        stops = not any(has_offloaded_params(module) for module in self.model.modules())
 
         def reached(args: tuple[Any, ...]) -> None:
             seen.append(args[0])
-            if stops:
-                raise _Reached
+            raise Reached
 
         def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             given.append(output)
@@ -250,15 +253,16 @@ class Prefix:
             if ahead is not None:
                 stack.callback(self.model.get_submodule(ahead).register_forward_hook(left).remove)
             stack.enter_context(self._replayed(side, n))
-            with suppress(_Reached):
+            with suppress(Reached):
                 _forward(self.model, self.marked[n].batch)
+        dropped(self.model)
         if ahead is not None:
-            self.given[side, n, _list_of(ahead)] = given[0]
+            self.given[side, n, list_of(ahead)] = given[0]
         return seen[0]
 
     def _move(self, ahead: str) -> None:
         """Everything up to the block `ahead` is behind from now on."""
-        self.behind[_list_of(ahead)] = ahead
+        self.behind[list_of(ahead)] = ahead
         passed = self.order.blocks[: self.order.blocks.index(ahead) + 1]
         for name in [name for name in self.dense if _block_of(name, passed)]:
             del self.dense[name]
@@ -268,10 +272,10 @@ class Prefix:
         """Within the block, the blocks that are behind give at once what the last of their list had given."""
         with ExitStack() as stack:
             for block in self.order.blocks:
-                last = self.behind.get(_list_of(block))
+                last = self.behind.get(list_of(block))
                 if last is not None and self.order.blocks.index(block) <= self.order.blocks.index(last):
-                    output = self.given[side, n, _list_of(block)]
-                    stack.enter_context(_giving(self.model.get_submodule(block), output))
+                    output = self.given[side, n, list_of(block)]
+                    stack.enter_context(giving(self.model.get_submodule(block), output))
             yield
 
     @contextmanager
@@ -306,31 +310,14 @@ def _before(module: nn.Module, call: Callable[[tuple[Any, ...]], Any]) -> Iterat
         yield
 
 
-@contextmanager
-def _giving(block: nn.Module, output: Any) -> Iterator[None]:
-    """Within the block, a module gives the same output whatever it is asked."""
-    before = vars(block).get("forward")
-    block.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del block.forward
-        if before is not None:
-            block.forward = before
-
-
 @torch.no_grad()
 def _forward(model: nn.Module, batch: Batch) -> None:
     model(**unlabelled(model, batch))  # which need not be known
 
 
-def _list_of(block: str) -> str:
-    return block.rpartition(".")[0]
-
-
-def _rows(module: nn.Module, x: Tensor, active: Tensor) -> Tensor:
-    """The active rows [rows, in] of what a layer reads."""
-    if is_convolution(module):
+def _rows(step: Step, module: nn.Module, x: Tensor, active: Tensor) -> Tensor:
+    """The active rows [rows, in] of what a layer of a step reads."""
+    if step.kind == "convolution":
         x, _ = patches(reading(module), x, x.new_zeros(len(x), 1, 1))
     rows = x.reshape(-1, x.shape[-1]).float()
     return rows.index_select(0, active.to(x.device).flatten().nonzero()[:, 0])

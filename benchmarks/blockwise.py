@@ -1,0 +1,164 @@
+"""Random Llamas of several depths, compressed block by block from disk to disk → peak memory, and time.
+
+The shallowest is measured freely. The deeper ones run under a limit on the data that a process may have (RLIMIT_DATA:
+all private memory, without the cache of files) that is 5% above what the shallowest took: a regression fails.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import Options, Result, Row
+from hf_lowrank import CompressionConfig, compress, compute_statistics
+from hf_lowrank.folder.saving import save_compressed
+from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.model.blocks import blocks_on_disk
+from hf_lowrank.model.weightless import weightless
+from hf_lowrank.statistics.batches import Marks
+from hf_lowrank.statistics.blockwise import statistics_by_blocks
+
+DEPTHS, WIDTH, GROWTH = (8, 16, 32, 64), 1024, 1.05
+SAMPLES, BATCH, LENGTH, VOCABULARY = 8, 4, 32, 2000
+MEGABYTE, INTERVAL = 2**20, 0.005  # seconds between two looks at the memory
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def run(options: Options) -> Result:
+    """Peak memory at every depth, the last ones under the limit; and of the whole model at the smallest depth."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = measured(Path(folder), DEPTHS[0], options.threads, whole=True)
+        found = {DEPTHS[0]: measured(Path(folder), DEPTHS[0], options.threads)}
+        limit = GROWTH * found[DEPTHS[0]]["data"]
+        found |= {depth: measured(Path(folder), depth, options.threads, limit) for depth in DEPTHS[1:]}
+    rows = [row(str(depth), figures, found[DEPTHS[0]]) for depth, figures in found.items()]
+    rows.append(row(f"{DEPTHS[0]}, whole in memory", whole, found[DEPTHS[0]]))
+    notes = [
+        f"Random Llamas of width {WIDTH} in bfloat16, compressed by the default in float32; {SAMPLES} samples of "
+        f"{LENGTH} tokens. Private memory: all of a process but the cache of files (RssAnon); code and libraries "
+        f"included. From {DEPTHS[1]} blocks on under a limit of {limit / MEGABYTE:.0f} MiB of data.",
+    ]
+    return Result("blockwise: peak memory of compress by depth", rows, notes, {"cases": found, "whole": whole})
+
+
+def row(name: str, figures: dict[str, float], first: dict[str, float]) -> Row:
+    return {
+        "blocks": name,
+        "weights in bf16, MiB": f"{figures['weights'] / MEGABYTE:.0f}",
+        "peak private memory, MiB": f"{figures['anonymous'] / MEGABYTE:.0f}",
+        "over the first": f"{figures['anonymous'] / first['anonymous'] - 1:+.1%}",
+        "CPU s": f"{figures['seconds']:.0f}",
+        "CPU s a block": f"{figures['seconds'] / figures['blocks']:.1f}",
+    }
+
+
+def measured(
+    folder: Path, depth: int, threads: int, limit: float = 0, whole: bool = False, width: int = WIDTH
+) -> dict[str, float]:
+    """The figures of one job, in a process of its own.
+
+    Raises:
+        CalledProcessError: it failed, for example under the limit.
+    """
+    model = folder / f"llama-{depth}"
+    words = ["--depth", depth, "--folder", folder, "--threads", threads, "--limit", int(limit)]
+    words += ["--whole"] if whole else []
+    if not (model / "config.json").is_file():
+        random_llama(depth, width, model)
+    command = [sys.executable, "-m", "benchmarks.blockwise", *map(str, words)]
+    answer = subprocess.run(command, env=os.environ | AT_ONCE, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def random_llama(depth: int, width: int, folder: Path, vocabulary: int = VOCABULARY) -> None:
+    """A Llama of the usual proportions in bfloat16, saved in shards."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_attention_heads": width // 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=depth, vocab_size=vocabulary, dtype="bfloat16")
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")
+    torch.set_default_dtype(torch.float32)
+
+
+def job(folder: Path, depth: int, whole: bool) -> dict[str, float]:
+    """Compress a Llama by the default; if it was begun in this folder, go on."""
+    name = folder / f"llama-{depth}"
+    output, work = (folder / f"{'whole' if whole else 'blocks'}-{depth}{ending}" for ending in ("", ".work"))
+    config = CompressionConfig()
+    weights = sum(path.stat().st_size for path in name.glob("*.safetensors"))
+    with Peak() as peak:
+        started, marks = time.process_time(), Marks()
+        model = load(name, whole)
+        batches = token_batches(model.config.vocab_size)
+        kept = Work.open(work, {"depth": depth}, resume=True)
+        measure = compute_statistics if whole else statistics_by_blocks
+        rest: Any = {"labels": "model", "marks": marks, "work": kept, "progress": False}
+        statistics = measure(model, batches, config.needs, **rest)
+        _tell("statistics", started, peak)
+        model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
+        _tell("factors", started, peak)
+        save_compressed(model, None, report, output, True, torch.bfloat16)
+        seconds = time.process_time() - started
+    return {"weights": weights, "seconds": seconds, "blocks": depth, **peak.seen}
+
+
+def _tell(what: str, started: float, peak: "Peak") -> None:
+    figures = ", ".join(f"{name} {size / MEGABYTE:.0f} MiB" for name, size in peak.seen.items())
+    print(f"{what} after {time.process_time() - started:.0f} s, until then at most {figures}", file=sys.stderr)
+
+
+def load(name: Path, whole: bool) -> Any:
+    config = LlamaConfig.from_pretrained(name)
+    skeleton = weightless(LlamaForCausalLM._from_config, config)
+    places = {} if whole else {"device_map": blocks_on_disk(skeleton, torch.device("cpu"))}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **places)
+
+
+def token_batches(vocabulary: int) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, vocabulary, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
+
+
+class Peak:
+    """The most private memory, resident and asked for, within a `with` block: looked at by a thread."""
+
+    def __enter__(self) -> "Peak":
+        self.seen = {"anonymous": 0.0, "data": 0.0}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                for key, name in (("RssAnon:", "anonymous"), ("VmData:", "data")):
+                    if line.startswith(key):
+                        self.seen[name] = max(self.seen[name], 1024.0 * int(line.split()[1]))
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    for option in ("--depth", "--threads", "--limit"):
+        parser.add_argument(option, type=int, default=0)
+    parser.add_argument("--whole", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads or 1)
+    if given.limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
+    print(json.dumps(job(given.folder, given.depth, given.whole)))
