@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation import Budget, allocate
+from hf_lowrank.allocation.budget import ImpossibleBudget
 from hf_lowrank.allocation.costs import Layer, parameters, parameters_at
 from hf_lowrank.allocation.ranks import uniform_ranks
 from hf_lowrank.compression.compress import checked_targets, earlier_steps
@@ -52,7 +53,11 @@ def shrink(
     budget = _of_model(config, model, {name: as_layer(target) for name, target in targets.items()})
     spectrum = {name: _spectrum(directions[name], layer) for name, layer in layers.items()}
     saved = before - model.num_parameters()
-    ranks = allocate(layers, before, budget, config.spread, spectrum.__getitem__, saved=saved)
+    try:
+        ranks = allocate(layers, before, budget, config.spread, spectrum.__getitem__, saved=saved)
+    except ImpossibleBudget as error:
+        given = f"{config.budget.kind} {config.budget.value:g} cannot be met: " if budget != config.budget else ""
+        raise ImpossibleBudget(f"{given}{error}") from None
     left: dict[str, Directions] = {}
     reports = {name: kept_report(target) for name, target in targets.items()}
     for name, rank in ranks.items():

@@ -132,8 +132,11 @@ def test_what_is_stale_or_missing_is_refused(statistics: Statistics, tmp_path: P
         shrink_saved(folder)
     with pytest.raises(LowRankError, match="a flops budget needs a measurement"):
         shrink_saved(folder, flops=1000)
-    with pytest.raises(LowRankError, match="would leave every layer as it is|cannot be met"):
-        shrink_saved(folder, keep=0.9)
+    for keep in (0.9, 0.001):
+        with pytest.raises(
+            LowRankError, match=rf"^keep {keep} cannot be met: params [\d,]+ (would leave|cannot be met)"
+        ):
+            shrink_saved(folder, keep=keep)
     trained = tmp_path / "trained"
     shutil.copytree(folder, trained)
     model, _ = shrink_saved(folder, keep=0.4)
