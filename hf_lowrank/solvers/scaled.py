@@ -14,6 +14,9 @@ from hf_lowrank.solvers.factors import Factors
 # Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
 FLOOR = 1e-8
 
+# What keeps an anchored weight near to the dense one, as a share of the mean second moment of an input.
+RIDGE = 2e-2
+
 # Products with a triangular or a symmetric matrix are taken in this many blocks of rows: nearly half the work.
 BLOCKS = 8
 
@@ -37,9 +40,9 @@ class Scaling:
         """Sᵀ S @ matrix."""
         return matrix
 
-    def divide(self, matrix: Tensor) -> Tensor:
-        """(Sᵀ S)⁻¹ @ matrix."""
-        return matrix
+    def regress(self, matrix: Tensor, ridge: float) -> Tensor:
+        """(Sᵀ S + ridge · mean(diag Sᵀ S) · I)⁻¹ @ matrix."""
+        return matrix / (1 + ridge)
 
     def power(self, size: int) -> Tensor:
         """‖S‖²_F for S [size, size], a scalar."""
@@ -78,8 +81,9 @@ class DiagonalScaling(Scaling):
     def square(self, matrix: Tensor) -> Tensor:
         return self.root.square() * matrix
 
-    def divide(self, matrix: Tensor) -> Tensor:
-        return matrix / self.root.square()
+    def regress(self, matrix: Tensor, ridge: float) -> Tensor:
+        importance = self.root.square()
+        return matrix / (importance + ridge * importance.mean())
 
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
@@ -130,8 +134,10 @@ class WhiteningScaling(Scaling):
     def square(self, matrix: Tensor) -> Tensor:
         return self.moment @ matrix.to(self.moment.dtype)
 
-    def divide(self, matrix: Tensor) -> Tensor:
-        return torch.cholesky_solve(matrix.to(self.upper.dtype), self.upper, upper=True)
+    def regress(self, matrix: Tensor, ridge: float) -> Tensor:
+        moment = self.moment.clone()
+        moment.diagonal().add_(ridge * self.mean)
+        return torch.cholesky_solve(matrix.to(moment), torch.linalg.cholesky(moment))
 
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()
@@ -224,12 +230,13 @@ class Scaled:
     def anchored(self, weight: Tensor, drift: Tensor) -> Tensor:
         """The weight [out, in] that makes of other inputs x′ what `weight` makes of x, as nearly as inputs allow.
 
-        Of x′ the right scaling is the whitening, SᵀS = A′ = E x′ x′ᵀ + λ I, and `drift` [in, in] is E (x − x′) x′ᵀ:
-        the least of E‖W x − V x′‖² + λ‖W − V‖², with any scaling of outputs, is at V = W + W drift A′⁻¹. From there on
-        the error of U D is that of the change V − U D, and what cannot be undone.
+        Of x′ the right scaling is the whitening, SᵀS = A′ = E x′ x′ᵀ, damped, and `drift` [in, in] is E (x − x′) x′ᵀ:
+        the least of E‖W x − V x′‖² + λ‖W − V‖², with any scaling of outputs, is at V = W + W drift (A′ + λ I)⁻¹: a
+        ridge regression on all inputs, with λ as `RIDGE` says. From there on the error of U D is that of the change
+        V − U D, and what cannot be undone.
         """
         weight = weight.double()
-        return weight + self.right.divide((weight @ drift.to(weight)).T).T
+        return weight + self.right.regress((weight @ drift.to(weight)).T, RIDGE).T
 
     def _scaled(self, matrix: Tensor) -> tuple[Scaling, Tensor, Tensor]:
         """The shorter side's scaling S, S M and S M Tᵀ T [shorter, longer], for a matrix M turned that way."""

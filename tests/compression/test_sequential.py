@@ -18,6 +18,7 @@ from hf_lowrank.jobs.interrupts import Stopped
 from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.solvers import get_method
 from hf_lowrank.solvers.methods import ACTIVATION_DAMPING, GRADIENT_DAMPING
+from hf_lowrank.solvers.scaled import RIDGE
 from hf_lowrank.statistics.batches import Batch, Marks
 from hf_lowrank.statistics.prefix import Prefix, marked_batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, token_ids
@@ -61,7 +62,10 @@ def sequential(model: PreTrainedModel, method: str = "kfac", **settings: Any) ->
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_other_factors_and_bias_come_nearer_to_the_dense_output(method: str, bias: bool) -> None:
-    """Gradient descent from the solution finds nothing better: E‖G^½ (W x − U D x′ − b)‖² and its damping."""
+    """Gradient descent from the solution finds nothing better: E‖G^½ (V x′ + c − U D x′ − b)‖² and its damping.
+
+    V x′ + c is the ridge regression of what the dense layer says on x′, found as least squares here.
+    """
     torch.manual_seed(0)
     x = torch.randn(500, 12) @ torch.randn(12, 12) + 3 * torch.randn(12)
     y = x + 0.5 * torch.randn(500, 12) @ torch.randn(12, 12) + torch.randn(12)
@@ -79,11 +83,15 @@ def test_no_other_factors_and_bias_come_nearer_to_the_dense_output(method: str, 
         weigh = weigh + GRADIENT_DAMPING * weigh.diagonal().mean() * torch.eye(10)
     seen = y - y.mean(0) if bias else y
     damping = ACTIVATION_DAMPING * seen.square().mean()
-    wanted = linear(x).detach()
+    weight, said = linear.weight.detach(), linear(x).detach()
+    near = ((ACTIVATION_DAMPING + RIDGE) * seen.square().mean()).sqrt() * torch.eye(12)
+    centred = said - said.mean(0) if bias else said
+    anchor = torch.linalg.lstsq(torch.cat([seen / 500**0.5, near]), torch.cat([centred / 500**0.5, near @ weight.T]))
+    wanted = seen @ anchor.solution + said - centred
 
     def objective(up: Tensor, down: Tensor, added: Tensor | float) -> Tensor:
         change = wanted - y @ down.T @ up.T - added
-        delta = linear.weight.detach() - up @ down
+        delta = anchor.solution.T - up @ down
         return torch.einsum("no,op,np->", change, weigh, change) / 500 + damping * torch.trace(delta.T @ weigh @ delta)
 
     found = [low_rank.up.weight, low_rank.down.weight, *([low_rank.up.bias] if bias else [])]
