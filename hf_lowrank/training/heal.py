@@ -16,14 +16,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import Store
 from hf_lowrank.jobs.distributed import agreed, on_main
 from hf_lowrank.jobs.files import read_json, write_json
-from hf_lowrank.model.checks import check_model
+from hf_lowrank.model.checks import check_model, quantizer_of
 from hf_lowrank.model.predictions import Readout
 from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
@@ -32,6 +32,7 @@ from hf_lowrank.tasks import Task, collator, encode, load_split
 from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
 from hf_lowrank.training.divergence import Reference
+from hf_lowrank.training.metric import hidden_metrics
 from hf_lowrank.training.running import (
     Bar,
     SameBatches,
@@ -43,10 +44,11 @@ from hf_lowrank.training.running import (
 from hf_lowrank.training.settings import HealConfig
 from hf_lowrank.training.told import Batch, Teacher, Told
 
-CHECKS = 6  # measurements on held-out texts in the course of a training
+CHECKS = 4  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
-FEWEST, MOST = 2048, 4096  # texts to learn from, a third of all in between: the third of an epoch in time, too
+FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: a third of an epoch of training in time
+MEASURED = 256  # texts on which it is measured how much errors of hidden states matter
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
 RATE, BEST = "rate.json", "best"
 DENSE_ONE = "give the dense model that this one was made from"
@@ -69,10 +71,10 @@ def heal(
     """Train the factors of a low-rank `model`, in place, to say what its `teacher` says.
 
     The loss of a sample is the divergence of its predictions from the teacher's (see `divergences`; of tokens their
-    mean) plus `hidden`, which falls to 0 in the course of the training, times the mean relative squared error of the
-    hidden states after every block: these say much of every token, where predictions of few are in doubt. No label is
-    read. What the teacher says is kept, as far as memory goes, so that it is asked once of every text.
-    All other weights stay as they are, bit for bit, and dropout is off.
+    mean) plus `hidden`, which falls to 0 in the course of the training, times the mean over blocks of the errors of
+    their hidden states, weighed by how much they matter (see `hidden_metrics`): these say much of every token, where
+    predictions of few are in doubt. No label is read. What the teacher says is kept, as far as memory goes, so that it
+    is asked once of every text. All other weights stay as they are, bit for bit, and dropout is off.
 
     Args:
         model: low-rank, with whole factors: neither quantized nor with an adapter.
@@ -89,7 +91,7 @@ def heal(
 
     Returns:
         `divergence_before` and `divergence_after` (held-out, in nats), `healed` (False where nothing better was
-        found and the start kept), `learning_rate`, `tried` (rate and divergence of each trial), `best_step`, `samples`,
+        found and the start kept), `learning_rate`, `tried` (rate and loss of each trial), `best_step`, `samples`,
         `held_out`, `steps`, `seconds` (of this call) and `settings`, plain JSON values.
 
     Raises:
@@ -101,7 +103,7 @@ def heal(
     started, training, own_dtype = time.perf_counter(), model.training, model.dtype
     task = task.without_labels()
     rows, held_out = _texts(tokenizer, task, data_dir, model, config)
-    reference = Reference(teacher, tokenizer, task, [held_out], config.batch_size, readout)
+    reference = Reference(teacher, tokenizer, task, [_by_length(held_out)], config.batch_size, readout)
     described = asdict(config) | {"rates": list(config.rates)}
     with checkpoint_folder(checkpoints) as folder, as_before(model):
         origin = {"model weights": model_digest(model), "teacher's weights": model_digest(teacher), "task": task.name}
@@ -123,6 +125,8 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
     Raises:
         LowRankError: the message says what does not fit.
     """
+    _refuse_quantized(model)
+    _refuse_quantized(teacher)
     check_model(model)
     check_model(teacher)
     if not isinstance(model, LowRankMixin) or is_sharded(model):
@@ -145,6 +149,14 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
             raise LowRankError(f"the teacher is another model: its {name} is not the low-rank model's; {DENSE_ONE}")
 
 
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    if isinstance(model, PreTrainedModel) and (quantizer := quantizer_of(model)) is not None:
+        raise LowRankError(
+            f"the {type(model).__name__} is quantized by {quantizer}, and healing trains whole weights by whole ones: "
+            "heal the model as it was before, with the dense one as teacher, then quantize it"
+        )
+
+
 def _farther(weight: Tensor, other: Tensor) -> bool:
     """Whether two weights are not the same but for rounding and a little fine-tuning."""
     if weight.shape != other.shape:
@@ -158,14 +170,15 @@ def _texts(
 ) -> tuple[Dataset, Dataset]:
     """Training rows to learn from, and others to judge by, chosen by the seed.
 
-    The latter are the last of the order whose first rows statistics are measured on: what factors were fitted to they
-    reproduce better than what is new to them.
+    Both are from the end of the order whose first rows statistics are measured on: what factors were fitted to they
+    reproduce better than what is new to them, and have less to learn from.
     """
     if task.packed:
         return _windows(tokenizer, task, data_dir, model, config)
     rows = load_split(task, "train", data_dir).shuffle(seed=config.seed)
     held, wanted = _divided(len(rows), task, config)
-    learnt, judged = rows.select(range(wanted)), rows.select(range(len(rows) - held, len(rows)))
+    new = len(rows) - held
+    learnt, judged = rows.select(range(new - wanted, new)), rows.select(range(new, len(rows)))
     return encode(learnt, task, tokenizer, model.config), encode(judged, task, tokenizer, model.config)
 
 
@@ -184,8 +197,14 @@ def _divided(count: int, task: Task, config: HealConfig) -> tuple[int, int]:
     if count < 2:
         raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {count}")
     held = min(config.held_out, count // 2)
-    wanted = config.samples or max(FEWEST, min(count // 3, MOST))
+    wanted = config.samples or max(FEWEST, min(count // 4, MOST))
     return held, min(wanted, count - held)
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """Rows beside others of like lengths, so that next to nothing is padded."""
+    lengths = lengths_of(rows)
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 @contextmanager
@@ -237,6 +256,13 @@ class _Healing:
         """The teacher, that says of a batch what it said before."""
         return Teacher(self.teacher, self.config.hidden > 0, self.reference.readout)
 
+    @cached_property
+    def metrics(self) -> list[Tensor]:
+        """How much errors of hidden states matter; of none where they are not asked for."""
+        some = _by_length(self.rows.select(range(min(MEASURED, len(self.rows)))))
+        loader = DataLoader(some, self.config.batch_size, collate_fn=self.collate)
+        return hidden_metrics(self.told, loader) if self.config.hidden > 0 else []
+
     def losses(self, run: nn.Module, batch: Batch, left: float) -> Tensor:
         """The loss of every sample of a batch [samples], with a share `left` of the training to come.
 
@@ -245,7 +271,9 @@ class _Healing:
         told, inputs = self.told.says(batch), self.told.inputs(batch)
         said = Told.of(self.model, run(**inputs), batch, self.reference.readout)
         losses = told.divergence(said)
-        return losses + left * self.config.hidden * told.hidden_errors(said, batch) if said.hidden else losses
+        if not said.hidden:
+            return losses
+        return losses + left * self.config.hidden * told.hidden_errors(said, batch, self.metrics)
 
     def divergence(self) -> float:
         """That of the model from its teacher, on the held-out texts; the main process's counts on all of them."""
@@ -254,8 +282,8 @@ class _Healing:
 
     def train(
         self, rate: float, steps: int, folder: Path, best: "_Best | None" = None, start: str | None = None, **saved: Any
-    ) -> None:
-        """`steps` steps at a learning rate; with `best`, measured on the way and at the end."""
+    ) -> float:
+        """`steps` steps at a learning rate; with `best`, measured on the way and at the end. The loss of the last."""
         checks = {"eval_strategy": "steps", "eval_steps": _check_steps(steps)} if best else {}
         arguments = trainer_arguments(
             folder,
@@ -278,6 +306,7 @@ class _Healing:
         trainer.train(resume_from_checkpoint=start)
         if best and best.measured != trainer.state.global_step:
             best.judge(self.divergence(), trainer.state.global_step)
+        return trainer.last_loss()
 
 
 class _Trainer(Trainer):
@@ -294,6 +323,7 @@ class _Trainer(Trainer):
         self.healing, self.best = healing, best
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the samples of a part
         self.lengths = lengths_of(healing.rows)
+        self.losses: list[Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SameBatches(self, self.lengths)
@@ -307,8 +337,16 @@ class _Trainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        left = 1 - self.state.global_step / self.state.max_steps
-        return self.healing.losses(model.eval(), inputs, left).mean()  # without dropout
+        left = 1 - self.state.global_step / self.healing.steps
+        loss = self.healing.losses(model.eval(), inputs, left).mean()  # without dropout
+        self.losses.append(loss.detach())
+        return loss
+
+    def last_loss(self) -> float:
+        """The mean over the last quarter of the steps and over all processes; infinite where it is not finite."""
+        last = self.losses[-math.ceil(len(self.losses) / 4) :]
+        mean = float(self.accelerator.reduce(torch.stack(last).mean(), "mean")) if last else math.inf
+        return mean if math.isfinite(mean) else math.inf
 
 
 class _Best(TrainerCallback):
@@ -339,6 +377,7 @@ def _healed(healing: _Healing, folder: Path, start: str | None, saves: bool, sto
     """Find the rate, train, and leave the model with the best factors as stored, or with those it had; the facts."""
     before, beginning, steps = healing.divergence(), healing.state(), healing.steps
     store = Store(folder / BEST)
+    _ = healing.metrics  # in full precision, before Trainer sets its own
     if start is None:
         on_main(store.remove)
     rate, tried = _rate(healing, folder, beginning, start is not None)
@@ -357,17 +396,20 @@ def _healed(healing: _Healing, folder: Path, start: str | None, saves: bool, sto
 def _rate(
     healing: _Healing, folder: Path, beginning: dict[str, Tensor], resumed: bool
 ) -> tuple[float, list[dict[str, float]]]:
-    """The rate that comes nearest to the teacher in a short training, and what each came to; the model is as before."""
+    """The rate that learns most in a short training, and the loss that each came to; the model is as before.
+
+    How near the predictions come to the teacher's says little so early: at the larger rates, which come nearest in the
+    end, they first go away.
+    """
     if resumed and on_main((folder / RATE).is_file):
         found = on_main(lambda: read_json(folder / RATE))
         return found["rate"], found["tried"]
     tried = []
     rates = healing.config.rates
     for rate in rates if len(rates) > 1 else ():
-        healing.train(rate, max(1, round(TRIAL * healing.steps)), folder)
-        tried.append({"rate": rate, "divergence": healing.divergence()})
+        tried.append({"rate": rate, "loss": healing.train(rate, max(1, round(TRIAL * healing.steps)), folder)})
         healing.restore(beginning)
-    best = min(tried, key=lambda one: one["divergence"])["rate"] if tried else rates[0]
+    best = min(tried, key=lambda trial: trial["loss"])["rate"] if tried else rates[0]
     on_main(lambda: write_json(folder / RATE, {"rate": best, "tried": tried}))
     return best, tried
 

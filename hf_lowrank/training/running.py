@@ -53,10 +53,14 @@ class ByLength(Sampler):
 
 
 class SameBatches(ByLength):
-    """The same batches in every epoch, in another order: what was kept of a batch is found again."""
+    """The same batches in every epoch, in another order: what was kept of a batch is found again.
+
+    Rows are sorted by length, those of like lengths in an order by the seed, so that next to nothing is padded.
+    """
 
     def __iter__(self) -> Iterator[int]:
-        rows = self.grouped(self.trainer.args.seed)
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.trainer.args.seed)).tolist()
+        rows.sort(key=self.lengths.__getitem__)
         whole, rest = divmod(len(rows), self.batch)
         order = torch.randperm(whole, generator=torch.Generator().manual_seed(self.seed)).tolist()
         batches = [rows[number * self.batch : (number + 1) * self.batch] for number in order]

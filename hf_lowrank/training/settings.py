@@ -55,14 +55,14 @@ class HealConfig:
     """How to heal: Adam on the factors alone, over texts without labels, with cosine decay to 0 after a warm-up.
 
     Args:
-        samples: training rows to learn from; None for a third of all, but at least 2,048 and at most 4,096.
+        samples: training rows to learn from; None for a quarter of all, but at least 2,048 and at most 4,096.
         epochs: passes over them, in the same batches; a fraction is allowed.
         held_out: other training rows, on which the divergence from the teacher is measured.
-        rates: learning rates that are tried, each from the start in a short training; the best one goes on.
+        rates: learning rates that are tried, each from the start in a short training; the one of least loss goes on.
         batch_size: rows of one step, over all processes.
         accumulate: parts of a step that are computed one after the other, where memory is short.
-        hidden: weight of the relative squared errors of the blocks' hidden states, beside the outputs' divergence, in
-            the beginning; it falls to 0 in equal steps.
+        hidden: weight of the errors of the blocks' hidden states, beside the outputs' divergence, in the beginning; it
+            falls to 0 in equal steps.
         patience: stop after so many measurements in a row that were no better than the best.
         seed: which rows, and their order.
         bf16: compute in bfloat16 where that is safe (autocast); factors and optimizer stay float32.
@@ -72,13 +72,13 @@ class HealConfig:
     """
 
     samples: int | None = None
-    epochs: float = 3
+    epochs: float = 2
     held_out: int = 256
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     batch_size: int = 32
     accumulate: int = 1
-    hidden: float = 10.0
-    patience: int = 5
+    hidden: float = 100.0
+    patience: int = 4
     seed: int = 0
     bf16: bool = False
 

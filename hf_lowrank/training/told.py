@@ -1,5 +1,6 @@
 """A teacher and the batches of a training, which come again → what it says of each, found once while there is room."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +48,18 @@ class Told:
         sums = rows.new_zeros(self.predicted.samples).index_add(0, other.predicted.sample, rows)
         return sums / other.predicted.counts.clamp_min(1)
 
-    def hidden_errors(self, other: "Told", batch: Batch) -> Tensor:
-        """‖h − h'‖² / ‖h‖² of every sample, over tokens that are no padding, its mean over all blocks [samples]."""
+    def hidden_errors(self, other: "Told", batch: Batch, metrics: Sequence[Tensor]) -> Tensor:
+        """(h − h')ᵀ G (h − h') / 2 of every sample, over tokens that are no padding, the mean of all blocks [samples].
+
+        Args:
+            metrics: G of every block, [width, width] or a number (see `hidden_metrics`).
+        """
         errors = []
-        for own, others in zip(self.hidden, other.hidden, strict=True):
-            wanted, found = _unpadded(own, batch).float(), _unpadded(others, batch).float()
-            errors.append((found - wanted).square().flatten(1).sum(1) / wanted.square().flatten(1).sum(1))
-        return torch.stack(errors).mean(0) if errors else torch.zeros(1)
+        for own, others, metric in zip(self.hidden, other.hidden, metrics, strict=True):
+            error = _unpadded(others, batch).float() - _unpadded(own, batch).float()
+            weighed = error @ metric if metric.ndim else metric * error
+            errors.append((weighed * error).flatten(1).sum(1) / 2)
+        return torch.stack(errors).mean(0)
 
 
 class Teacher:
@@ -74,13 +80,17 @@ class Teacher:
         """What both models are called with."""
         return unlabelled(self.model, batch) | {"output_hidden_states": self.hidden}
 
+    def asked(self, batch: Batch) -> Told:
+        """What it says of a batch now."""
+        return Told.of(self.model, self.model(**self.inputs(batch)), batch, self.readout)
+
     def says(self, batch: Batch) -> Told:
         """What it says of a batch."""
         key = digest_of(value for value in batch.values() if isinstance(value, Tensor))
         if key in self.kept:
             return self.kept[key]
         with torch.no_grad():
-            told = Told.of(self.model, self.model(**self.inputs(batch)), batch, self.readout)
+            told = self.asked(batch)
         if told.bytes <= self.room:
             self.room -= told.bytes
             self.kept[key] = told

@@ -65,6 +65,11 @@ def test_it_goes_with_other_options(
     assert not [check for check in verify(tmp_path / "out") if check.status == "FAIL"]
     if "--bytes" in more:
         assert record["weights_bytes"] <= 50_000
+    else:
+        rest = ("--teacher", places / "model", "--task", "cola", "--data-dir", places / "cola")
+        code, _, error = run(monkeypatch, capfd, "heal", tmp_path / "out", *rest, "--output", tmp_path / "again")
+        assert code == 2
+        assert "heal the model as it was before, with the dense one as teacher, then quantize it" in error
 
 
 def test_saved_statistics_and_a_pipeline_give_the_same_codes(

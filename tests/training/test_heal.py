@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.tasks.texts import given_texts, texts_task
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.heal import heal
+from hf_lowrank.training.metric import DAMPING, hidden_metrics
+from hf_lowrank.training.running import SameBatches
 from hf_lowrank.training.settings import HealConfig
 from hf_lowrank.training.told import Teacher, Told
 from tests.helpers import bert_config, tiny_gpt2, tiny_t5
@@ -96,7 +99,7 @@ def test_the_same_seed_gives_the_same_weights_and_the_best_rate_goes_on(data: Pa
     rates = {"rates": (3e-3, 1e-6), "epochs": 5}
     facts = [heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | rates) for model in models]
     assert same(*models)
-    assert facts[0]["learning_rate"] == min(facts[0]["tried"], key=lambda tried: tried["divergence"])["rate"]
+    assert facts[0]["learning_rate"] == min(facts[0]["tried"], key=lambda tried: tried["loss"])["rate"]
     assert facts[0]["tried"] == facts[1]["tried"]
     alone = low_rank()  # what was tried leaves nothing behind
     heal(alone, dense(), tokenizer, get_task("cola"), data, **FAST | rates | {"rates": (facts[0]["learning_rate"],)})
@@ -136,13 +139,41 @@ def test_the_loss_of_the_teacher_itself_is_zero_and_grows_with_every_blocks_erro
     model = dense()
     batch = dict(tokenizer(["w1 w2 w3", "w4"], padding=True, return_tensors="pt"))
     told = Teacher(model, True, None).says(batch)
-    assert float(told.hidden_errors(told, batch).sum() + told.divergence(told).sum()) == 0
-    other = replace(told, hidden=tuple(state * 1.1 for state in told.hidden))
-    torch.testing.assert_close(told.hidden_errors(other, batch), torch.full((2,), 0.01), rtol=1e-4, atol=0)
+    assert float(told.hidden_errors(told, batch, [torch.eye(32)] * 2).sum() + told.divergence(told).sum()) == 0
+    other = replace(told, hidden=tuple(state + 0.1 for state in told.hidden))
+    metrics = [torch.eye(32), torch.tensor(3.0)]  # of 5 and 3 tokens
+    expected = torch.tensor([5.0, 3.0]) * 32 * 0.01 * (1 + 3) / 2 / 2
+    torch.testing.assert_close(told.hidden_errors(other, batch, metrics), expected, rtol=1e-4, atol=0)
     padded = copy.deepcopy(told)
     for state in padded.hidden:
         state[1, 3:] += 1  # padding of the second text
-    assert float(told.hidden_errors(padded, batch)[1]) == 0
+    assert float(told.hidden_errors(padded, batch, [torch.eye(32)] * 2)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "tokens"])
+def test_what_errors_of_hidden_states_cost_is_told_before_they_are_made(tokenizer: Any, kind: str) -> None:
+    """Random errors behind the first block, in its output or in one direction, change predictions by eᵀ G e / 2."""
+    torch.manual_seed(0)
+    tagger = BertForTokenClassification(bert_config(num_labels=9, initializer_range=0.3)).eval()
+    model: Any = dense() if kind == "classes" else tagger
+    texts = [" ".join(WORDS[(n * 7 + k) % 40] for k in range(n % 9 + 1)) for n in range(64)]
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    teacher = Teacher(model.requires_grad_(False), True, None)
+    damped = hidden_metrics(teacher, [batch] * 100)[0]
+    metric = damped - torch.eye(32) * damped.diagonal().mean() * DAMPING / (1 + DAMPING)
+    assert not any(weight.requires_grad for weight in model.parameters())
+    told, mask = teacher.says(batch), batch["attention_mask"][..., None]
+    worst = torch.linalg.eigh(metric).eigenvectors[:, -1]
+    for directions in (torch.eye(32), worst[None]):
+        found, expected = [], []
+        for _ in range(64):
+            error = 0.02 * torch.randn(*mask.shape[:2], len(directions)) @ directions
+            hook = model.bert.encoder.layer[0].register_forward_hook(lambda *given, error=error: given[2] + error)
+            said = teacher.asked(batch)
+            hook.remove()
+            found.append(float(told.divergence(said).mean()))
+            expected.append(float(((error @ metric) * error * mask).sum() / 2 / len(texts)))
+        assert sum(found) == pytest.approx(sum(expected), rel=0.15)
 
 
 def test_a_teacher_is_asked_once_of_every_batch_of_all_epochs_and_rates(
@@ -153,11 +184,11 @@ def test_a_teacher_is_asked_once_of_every_batch_of_all_epochs_and_rates(
     taught, teacher = low_rank(), dense()
     teacher.register_forward_hook(lambda *given: asked.append(1))
     expected = heal(taught, teacher, tokenizer, get_task("cola"), data, **options)
-    assert len(asked) == 2 + 6  # of 16 held-out texts, and of 44 others
+    assert len(asked) == 2 + 6 + 6  # of 16 held-out texts, and of 44 others, of which once with gradients
     monkeypatch.setattr("hf_lowrank.training.told.KEPT_BYTES", 0)
     again = low_rank()
     facts = heal(again, teacher, tokenizer, get_task("cola"), data, **options)
-    assert len(asked) > 2 * (2 + 6)
+    assert len(asked) > 2 * (2 + 6 + 6)
     assert same(taught, again)
     assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
 
@@ -170,7 +201,7 @@ def test_parts_of_a_step_add_up_to_it(data: Path, tokenizer: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["conll2003", "tinystories", "text", "texts"])
+@pytest.mark.parametrize("kind", ["conll2003", "tinystories", "text", "texts", "summarization"])
 def test_every_kind_of_model_is_healed_on_texts(tmp_path: Path, tokenizer: Any, kind: str) -> None:
     torch.manual_seed(0)
     texts = [" ".join(WORDS[(n * 5 + k) % 40] for k in range(n % 7 + 2)) for n in range(24)]
@@ -179,12 +210,14 @@ def test_every_kind_of_model_is_healed_on_texts(tmp_path: Path, tokenizer: Any, 
         "tinystories": tiny_gpt2,
         "text": tiny_gpt2,
         "texts": tiny_gpt2,
+        "summarization": tiny_t5,
     }[kind]().eval()
     teacher.config.architectures = [type(teacher).__name__]
-    task = texts_task(given_texts(texts), teacher.config) if kind == "texts" else get_task(kind, 8)
     texts *= 4 if kind == "text" else 1  # for as many windows of 8 tokens as there are texts
     column = {"tokens": [text.split() for text in texts]} if kind == "conll2003" else {"text": texts}
+    column |= {"summary": texts} if kind == "summarization" else {}
     Dataset.from_dict(column).to_parquet(tmp_path / "train.parquet")  # without labels
+    task = texts_task(given_texts(texts), teacher.config) if kind == "texts" else get_task(kind, 8, data_dir=tmp_path)
     model = compress(copy.deepcopy(teacher), CompressionConfig("svd", 0.25), progress=False)[0]
     data = None if kind == "texts" else tmp_path
     facts = heal(model, teacher, tokenizer, task, data, **FAST | {"held_out": 8, "epochs": 6})
@@ -287,18 +320,36 @@ def test_one_text_is_too_few(tokenizer: Any) -> None:
         heal(model, dense(), tokenizer, texts_task(given_texts(["w1"]), model.config), **FAST)
 
 
-def test_it_is_judged_by_texts_that_the_statistics_of_its_seed_are_not_of(data: Path, tokenizer: Any) -> None:
+def test_it_learns_from_and_is_judged_by_texts_that_the_statistics_of_its_seed_are_not_of(
+    data: Path, tokenizer: Any
+) -> None:
     task, rows = get_task("cola"), load_split(get_task("cola"), "train", data)
     measured = encode_chosen(rows, task, tokenizer, dense().config, 40, 0)["input_ids"]
     learnt, judged = healing._texts(tokenizer, task, data, dense(), HealConfig(held_out=16, samples=44))
     assert len(judged) == 16
     assert not any(ids in measured or ids in learnt["input_ids"] for ids in judged["input_ids"])
+    fresh = healing._texts(tokenizer, task, data, dense(), HealConfig(held_out=16, samples=4))[0]
+    assert not any(ids in measured for ids in fresh["input_ids"])
 
 
-def test_a_third_of_the_texts_is_read_between_two_bounds(
+def test_batches_are_the_same_in_every_epoch_of_like_lengths_and_in_another_order() -> None:
+    arguments = SimpleNamespace(train_batch_size=4, world_size=1, gradient_accumulation_steps=1, seed=0)
+    lengths = [row * 7 % 13 for row in range(39)]
+    epochs = []
+    for epoch in (0, 1):
+        trainer: Any = SimpleNamespace(args=arguments, state=SimpleNamespace(epoch=epoch))
+        rows = list(SameBatches(trainer, lengths))
+        epochs.append([tuple(rows[start : start + 4]) for start in range(0, 39, 4)])
+    assert sorted(sum(epochs[0], ())) == list(range(39))
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1]
+    assert max(max(lengths[row] for row in batch) - min(lengths[row] for row in batch) for batch in epochs[0]) <= 2
+
+
+def test_a_quarter_of_the_texts_is_read_between_two_bounds(
     data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for bounds, expected in (((4, 30), 20), ((30, 40), 30), ((4, 10), 10), ((2048, 4096), 44)):
+    for bounds, expected in (((4, 30), 15), ((30, 40), 30), ((4, 10), 10), ((2048, 4096), 44)):
         monkeypatch.setattr(healing, "FEWEST", bounds[0])
         monkeypatch.setattr(healing, "MOST", bounds[1])
         assert len(healing._texts(tokenizer, get_task("cola"), data, dense(), HealConfig(held_out=16))[0]) == expected
@@ -309,9 +360,10 @@ def test_the_hidden_states_weigh_less_the_nearer_the_end_is(tokenizer: Any) -> N
     model, teacher = low_rank(), dense()
     reference = Reference(teacher, tokenizer, get_task("cola"), [])
     begun = healing._Healing(model, teacher, {}, Dataset.from_dict({}), reference, dict, HealConfig(hidden=2), False)
+    begun.metrics = [torch.eye(32), torch.tensor(2.0)]
     first, half, last = (begun.losses(model, batch, left) for left in (1, 0.5, 0))
     torch.testing.assert_close(first - half, half - last)
     told = begun.told.says(batch)
     said = Told.of(model, model(**begun.told.inputs(batch)), batch, None)
     torch.testing.assert_close(last, told.divergence(said))
-    torch.testing.assert_close(first - last, 2 * told.hidden_errors(said, batch))
+    torch.testing.assert_close(first - last, 2 * told.hidden_errors(said, batch, begun.metrics))
