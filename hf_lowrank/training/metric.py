@@ -49,8 +49,9 @@ def _tokens(told: Told, batch: Batch) -> float:
     mask, state = batch.get("attention_mask"), told.hidden[0]
     if state.ndim != 3:
         return len(state)
-    same = isinstance(mask, Tensor) and mask.shape == state.shape[:2]
-    return float(mask.sum()) if same else state.shape[0] * state.shape[1]
+    if isinstance(mask, Tensor) and mask.shape == state.shape[:2]:
+        return float(mask.sum())
+    return state.shape[0] * state.shape[1]
 
 
 def _damped(moment: Tensor) -> Tensor:
