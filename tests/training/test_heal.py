@@ -255,21 +255,27 @@ def test_an_interrupted_healing_goes_on_to_the_same_weights(
         assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
 
 
+SHARED: dict[str, Any] = FAST | {"samples": 40, "rates": (3e-3, 1e-3)}  # whole batches alone: what is left is filled up
+
+
 def _heal_and_save(data: Path, out: Path) -> None:
     model = low_rank()
-    heal(model, dense(), tiny_tokenizer(), get_task("cola"), data, **FAST | {"epochs": 2, "rates": (3e-3, 1e-3)})
+    heal(model, dense(), tiny_tokenizer(), get_task("cola"), data, **SHARED)
     torch.save(model.state_dict(), out.with_name(f"{out.name}{torch.distributed.get_rank()}"))
 
 
 @pytest.mark.slow
 def test_two_processes_heal_as_one_does(data: Path, tokenizer: Any, tmp_path: Path) -> None:
     alone = low_rank()
-    heal(alone, dense(), tokenizer, get_task("cola"), data, **FAST | {"epochs": 2, "rates": (3e-3, 1e-3)})
+    assert heal(alone, dense(), tokenizer, get_task("cola"), data, **SHARED)["healed"]
     Job(tmp_path / "log", _heal_and_save, data, tmp_path / "rank", processes=2).done()
     zero, one = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
-    for name, weight in alone.state_dict().items():
-        assert torch.equal(zero[name], one[name])
-        torch.testing.assert_close(zero[name], weight, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(weight, one[name]) for name, weight in zero.items())
+    together = low_rank()
+    together.load_state_dict(zero)  # what has no effect, such as the biases of keys, follows rounding
+    batch = dict(tokenizer([" ".join(WORDS[:n]) for n in range(2, 9)], padding=True, return_tensors="pt"))
+    said, expected, start = (model(**batch).logits for model in (together, alone, low_rank()))
+    assert (said - expected).norm() < 0.05 * (expected - start).norm()
 
 
 @pytest.mark.slow
