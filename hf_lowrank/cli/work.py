@@ -9,7 +9,7 @@ import typer
 from accelerate import PartialState
 
 from hf_lowrank.cli.options import LayerOptions
-from hf_lowrank.compression.blockwise import PLANS, Plan, plan_memory
+from hf_lowrank.compression.blockwise import NOTHING_MEASURED, PLANS, Plan, plan_memory
 from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.memory import MemoryEstimate, estimate_memory, skeleton, statistics_device
 from hf_lowrank.errors import LowRankError
@@ -81,14 +81,21 @@ def planned_memory(
     check_choice("blockwise", asked, PLANS)
     empty = skeleton(model, task, state.device) if task is not None else None
     if task is None or empty is None:
+        if asked == "on":
+            _tell_whole(NOTHING_MEASURED if task is None else "it cannot be built without its weights")
         return None
     tokens = task.at_once(batch_size, task.max_length) * task.max_length
     plan = plan_memory(empty, config, asked, state.device, tokens, also)
+    if plan.why_whole:
+        _tell_whole(plan.why_whole)
     if state.is_main_process:
-        if plan.why_whole:
-            print(f"the whole model is held in memory, not block by block, as {plan.why_whole}", file=sys.stderr)
         _tell(plan.estimate, plan.place, plan.by_blocks)
     return plan
+
+
+def _tell_whole(why: str) -> None:
+    if PartialState().is_main_process:
+        print(f"the whole model is held in memory, not block by block, as {why}", file=sys.stderr)
 
 
 def begun_by_blocks(folder: Path) -> bool | None:

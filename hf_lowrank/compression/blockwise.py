@@ -19,6 +19,7 @@ from hf_lowrank.model.blocks import outer_blocks
 from hf_lowrank.model.targets import factorized_layers, find_targets
 
 PLANS = ("auto", "on", "off")
+NOTHING_MEASURED = "nothing is measured"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def plan_memory(
     check_choice("blockwise", asked, PLANS)
     patterns = {"include": config.include, "exclude": config.exclude}
     whole = estimate_memory(model, config.needs, **patterns, tokens=tokens)
-    why = also or why_whole(model, config)
+    why = also or ("" if config.needs else NOTHING_MEASURED) or why_whole(model, config)
     fits = whole.total <= available(device)
-    if asked == "off" or (asked == "auto" and fits) or not config.needs:
+    if asked == "off" or (asked == "auto" and (fits or not config.needs)):
         return Plan(whole, False, statistics_device(whole, device))
     if why:
         try:

@@ -20,6 +20,7 @@ from hf_lowrank.model.blocks import is_on_disk
 from hf_lowrank.model.weightless import weightless
 from tests.helpers import tiny_albert, tiny_bert
 from tests.launches import make_data, make_model
+from tests.tiny_task import run
 
 CPU = torch.device("cpu")
 
@@ -96,11 +97,21 @@ def test_auto_goes_by_blocks_where_the_whole_model_does_not_fit(monkeypatch: pyt
         ({"form": "interpolative"}, "interpolative needs it"),
         ({"allocation": "knapsack"}, "the allocation knapsack measures all of it"),
         ({"include": ("*pooler.dense",)}, "bert.pooler.dense is in none of its blocks"),
+        ({"method": "svd"}, "nothing is measured"),
     ],
 )
 def test_what_needs_the_whole_model_says_so(settings: dict[str, Any], why: str) -> None:
-    plan = plan_memory(tiny_bert(), CompressionConfig("kfac", **settings), "on", CPU, 10)
+    plan = plan_memory(tiny_bert(), CompressionConfig(**{"method": "kfac"} | settings), "on", CPU, 10)
     assert (plan.by_blocks, plan.why_whole) == (False, why)
+
+
+def test_it_is_told_where_nothing_is_measured_though_blocks_are_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("compress", folder / "model", "--method", "svd", "--blockwise", "on", "--output", tmp_path / "small")
+    code, _, err = run(monkeypatch, capfd, *words)
+    assert code == 0, err
+    assert "held in memory, not block by block, as nothing is measured" in err
 
 
 @pytest.mark.slow
