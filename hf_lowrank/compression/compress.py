@@ -92,32 +92,16 @@ def compress(
     solver = layer_solver(targets, config, statistics)
     if config.sequential and batches is None:
         raise LowRankError("sequential factors need the samples once more: give `batches`, those of the statistics")
-    now = model.num_parameters()
     left = unreached(targets, statistics)
     one_shot = not is_wanted(model, targets, config, batches is not None)
     weighing = weighing or weighing_for(solver, config, work, progress, keep="once" if one_shot else "never")
-
-    def decide() -> Ranks:
-        weighed = {name: target for name, target in targets.items() if name not in left}
-        layers = layers_for(config.budget, model, weighed)
-        latency = latency_for(config.budget, weighed, layers)
-        rest: Any = (config.budget, config.spread, weighing.spectrum, profile, config.form, before - now, latency)
-        return allocate(layers, before, *rest)
-
-    bits: dict[str, int] = {}
-    if config.budget.kind == "bytes":
-        weighed = {name: target for name, target in targets.items() if name not in left}
-        stored = _decided(
-            lambda: {n: asdict(s) for n, s in choose_stored(model, solver, config, weighed, dtype).items()}, work
-        )
-        decided, bits = ({name: stored[name][what] for name in stored} for what in ("rank", "bits"))
-    else:
-        decided = _decided(decide, work)
+    weighed = {name: target for name, target in targets.items() if name not in left}
+    decided, bits = _decided(model, solver, config, weighed, weighing, profile, work, dtype)
     ranks = {name: decided.get(name) for name in targets}
     chosen = {name: target for name, target in targets.items() if ranks[name] is not None}
     own = "model" if statistics is not None and statistics.labels != "data" else "data"
     prefix = prefix_of(model, chosen, config, batches, labels or own, progress, work)
-    del chosen  # so that what is replaced can be freed
+    del weighed, chosen  # so that what is replaced can be freed
     if config.sequential is None:
         config = replace(config, sequential=prefix is not None)
     try:
@@ -276,7 +260,36 @@ def _replace_layers(
     return layers, directions if left is None else left
 
 
-def _decided(decide: Callable[[], Any], work: Work | None) -> Any:
+def _decided(
+    model: PreTrainedModel,
+    solver: LayerSolver,
+    config: CompressionConfig,
+    weighed: Mapping[str, Target],
+    weighing: Weighing,
+    profile: Profile | None,
+    work: Work | None,
+    dtype: torch.dtype | None,
+) -> tuple[Ranks, dict[str, int]]:
+    """The ranks of the layers `weighed`, and, where the budget is in bytes, their bits."""
+    if config.budget.kind == "bytes":
+        stored = _main_decides(
+            lambda: {n: asdict(s) for n, s in choose_stored(model, solver, config, weighed, dtype).items()}, work
+        )
+        return {name: kept["rank"] for name, kept in stored.items()}, {
+            name: kept["bits"] for name, kept in stored.items()
+        }
+
+    def decide() -> Ranks:
+        before, layers = dense_parameters(model), layers_for(config.budget, model, weighed)
+        latency = latency_for(config.budget, weighed, layers)
+        saved = before - model.num_parameters()
+        rest: Any = (config.budget, config.spread, weighing.spectrum, profile, config.form, saved, latency)
+        return allocate(layers, before, *rest)
+
+    return _main_decides(decide, work), {}
+
+
+def _main_decides(decide: Callable[[], Any], work: Work | None) -> Any:
     """The main process's ranks on all of them: a latency that each measured itself would differ."""
     if work is not None:
         return work.decided("ranks", decide)
