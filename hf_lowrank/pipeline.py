@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_lowrank.allocation import Profile, get_allocation
 from hf_lowrank.compression.blockwise import why_whole
 from hf_lowrank.compression.codes import measured_to_round, solver_for_codes
-from hf_lowrank.compression.compress import CompressionConfig, check_possible, compress
+from hf_lowrank.compression.compress import CompressionConfig, check_possible, checked_targets, compress
 from hf_lowrank.compression.profiling import PROFILE_SAMPLES, profile_losses
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.compression.search import search_smallest
@@ -249,20 +249,23 @@ class Pipeline:
         """
         return with_embeddings(self.model, config)
 
-    def prepared(self, config: CompressionConfig) -> CompressionConfig:
+    def prepared(self, config: CompressionConfig, statistics: Statistics | None = None) -> CompressionConfig:
         """The config as `settled`, once it is known that the model can be compressed so, before anything is measured.
 
         Whose labels statistics are by is from now on as the config's method asks, unless it was given.
 
         Args:
             config: how to compress.
+            statistics: measured before; None where they will be.
 
         Raises:
-            LowRankError: as `check_possible`.
+            LowRankError: as `check_possible`; the statistics lack a layer, or are of another model.
         """
         self.labels = self.labels_for(config)
         config = self.settled(config)
         check_possible(self.model, config, self.dtype)
+        if statistics is not None:
+            statistics.check(checked_targets(self.model, config), config.needs)
         return config
 
     def check_dense(self) -> None:

@@ -194,13 +194,13 @@ def _compressed(
     place, by_blocks = (None, False) if plan is None else (plan.place, plan.by_blocks)
     options = {"device": place, "quantization": quantization, "blockwise": by_blocks, **vars(given.calibration)}
     pipeline = Pipeline.load(model, task, given.data.data_dir, **options)
-    config = pipeline.prepared(config)
+    measured = Statistics.load(given.statistics) if given.statistics is not None and config.needs else None
+    config = pipeline.prepared(config, measured)
     if given.heal:
         pipeline.check_dense()
     pipeline.facts["memory"] = None if plan is None else plan.estimate.to_dict()
     if given.score and task is not None and task.is_scored:
         pipeline.score_dense()
-    measured = Statistics.load(given.statistics) if given.statistics is not None and config.needs else None
     if measured is not None and given.calibration.labels is not None:
         measured.check_labels(given.calibration.labels)
     settings = asdict(config) | vars(given.search) | ({"heal": True} if given.heal else {})

@@ -107,8 +107,8 @@ class Statistics:
         by_name = self.sums.get(kind, self.sums.get("fisher", {}))
         if name not in by_name:
             raise LowRankError(
-                f"these statistics know nothing of the module {name!r}: measure it too (include), or exclude it; they "
-                f"were measured on {self._source()}"
+                f"these statistics know nothing of the module {name!r}: measure it too, or leave it out (include); "
+                f"they were measured on {self._source()}"
             )
         total = by_name[name]
         return total if kind in self.sums else total.sum(dim=0)

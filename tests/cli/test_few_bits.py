@@ -123,6 +123,25 @@ def test_a_resumed_job_has_the_bits_that_it_began_with(
     assert "bits" in error
 
 
+def test_statistics_that_do_not_know_the_embedding_leave_nothing_behind(
+    places: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    task = ["--task", "cola", "--data-dir", places / "cola", "--samples", 16]
+    run(monkeypatch, capfd, "statistics", places / "model", *task, "--output", tmp_path / "measured")
+    budget = ("--bytes", "50KB", "--statistics", tmp_path / "measured")
+    code, _, error = run(monkeypatch, capfd, *words(places, tmp_path / "out", *budget))
+    assert code == 2
+    assert (
+        "know nothing of the module 'bert.embeddings.word_embeddings': measure it too, or leave it out (include)"
+        in error
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["measured"]
+    code, _, error = run(
+        monkeypatch, capfd, *words(places, tmp_path / "out", *budget, "--include", "bert.encoder.layer.*")
+    )
+    assert code == 0, error
+
+
 def save(model: Any, folder: Path, dtype: torch.dtype | None = None, **settings: Any) -> Path:
     compressed, report = compress(model, CompressionConfig("svd", **settings), progress=False)
     save_compressed(compressed, word_tokenizer(), report, folder, dtype=dtype)
