@@ -63,16 +63,22 @@ def row(name: str, figures: dict[str, float], first: dict[str, float]) -> Row:
 
 
 def measured(
-    folder: Path, depth: int, threads: int, limit: float = 0, whole: bool = False, width: int = WIDTH
+    folder: Path,
+    depth: int,
+    threads: int,
+    limit: float = 0,
+    whole: bool = False,
+    width: int = WIDTH,
+    factors: bool = True,
 ) -> dict[str, float]:
-    """The figures of one job, in a process of its own.
+    """The figures of one job, in a process of its own; without `factors`, of its statistics alone.
 
     Raises:
         CalledProcessError: it failed, for example under the limit.
     """
     model = folder / f"llama-{depth}"
     words = ["--depth", depth, "--folder", folder, "--threads", threads, "--limit", int(limit)]
-    words += ["--whole"] if whole else []
+    words += ["--whole"] * whole + ["--statistics"] * (not factors)
     if not (model / "config.json").is_file():
         random_llama(depth, width, model)
     command = [sys.executable, "-m", "benchmarks.blockwise", *map(str, words)]
@@ -90,8 +96,8 @@ def random_llama(depth: int, width: int, folder: Path, vocabulary: int = VOCABUL
     torch.set_default_dtype(torch.float32)
 
 
-def job(folder: Path, depth: int, whole: bool) -> dict[str, float]:
-    """Compress a Llama by the default; if it was begun in this folder, go on."""
+def job(folder: Path, depth: int, whole: bool, factors: bool = True) -> dict[str, float]:
+    """Compress a Llama by the default, or only measure it; if it was begun in this folder, go on."""
     name = folder / f"llama-{depth}"
     output, work = (folder / f"{'whole' if whole else 'blocks'}-{depth}{ending}" for ending in ("", ".work"))
     config = CompressionConfig()
@@ -105,9 +111,10 @@ def job(folder: Path, depth: int, whole: bool) -> dict[str, float]:
         rest: Any = {"labels": "model", "marks": marks, "work": kept, "progress": False}
         statistics = measure(model, batches, config.needs, **rest)
         _tell("statistics", started, peak)
-        model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
-        _tell("factors", started, peak)
-        save_compressed(model, None, report, output, True, torch.bfloat16)
+        if factors:
+            model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
+            _tell("factors", started, peak)
+            save_compressed(model, None, report, output, True, torch.bfloat16)
         seconds = time.process_time() - started
     return {"weights": weights, "seconds": seconds, "blocks": depth, **peak.seen}
 
@@ -156,9 +163,10 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True)
     for option in ("--depth", "--threads", "--limit"):
         parser.add_argument(option, type=int, default=0)
-    parser.add_argument("--whole", action="store_true")
+    for flag in ("--whole", "--statistics"):
+        parser.add_argument(flag, action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads or 1)
     if given.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
-    print(json.dumps(job(given.folder, given.depth, given.whole)))
+    print(json.dumps(job(given.folder, given.depth, given.whole, not given.statistics)))

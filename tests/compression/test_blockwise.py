@@ -1,7 +1,5 @@
 """A model whose blocks stay on disk is compressed to the same result, killed or not, in memory that knows no depth."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.blockwise import measured
 from hf_lowrank import CompressionConfig, LowRankError, Pipeline
 from hf_lowrank.compression import blockwise
 from hf_lowrank.compression.blockwise import plan_memory
@@ -112,11 +109,3 @@ def test_it_is_told_where_nothing_is_measured_though_blocks_are_asked_for(
     code, _, err = run(monkeypatch, capfd, *words)
     assert code == 0, err
     assert "held in memory, not block by block, as nothing is measured" in err
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_depth_takes_no_memory(tmp_path: Path) -> None:
-    """Six blocks more are 19 MB of weights and 50 MB of statistics: less than a quarter of that is added."""
-    few, many = (measured(tmp_path, depth, 1, width=256) for depth in (2, 8))
-    assert many["anonymous"] - few["anonymous"] < 17e6, json.dumps([few, many])

@@ -1,24 +1,27 @@
 """Statistics block by block are those of the whole model; what cannot be cut into blocks is named."""
 
 import copy
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_lowrank import CompressionConfig, Statistics, compress, compute_statistics
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.interrupts import Stopped
-from hf_lowrank.model.blocks import NotAChain, blocks_on_disk, find_chain
+from hf_lowrank.model.blocks import Chain, NotAChain, block_bytes, blocks_on_disk, find_chain
 from hf_lowrank.statistics.batches import Marks
 from hf_lowrank.statistics.blockwise import statistics_by_blocks
+from hf_lowrank.statistics.collect import _Pass
 from tests.compression.test_sequential import batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.launches import Job
@@ -159,6 +162,37 @@ def test_what_is_no_chain_is_named() -> None:
     model = tiny_bert()
     with pytest.raises(NotAChain, match=r"bert\.pooler\.dense is in none of its blocks"):
         statistics_by_blocks(model, batches(model), ["fisher"], include=["*pooler.dense"], progress=False)
+
+
+def test_one_block_and_its_sums_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the help of the garbage collector."""
+    deep = tiny_llama(num_hidden_layers=6)
+    deep.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=blocks_on_disk(deep, torch.device("cpu")))
+    one, alive, seen = max(block_bytes(deep).values()), WeakSet[_Pass](), []
+    begin, run = _Pass.__init__, Chain.run
+
+    def noted(self: _Pass, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        alive.add(self)
+
+    def looked(self: Chain, *args: Any) -> Any:
+        weights = sum(p.nbytes for p in model.model.layers.parameters() if not p.is_meta)
+        sums = [total for each in alive for by_name in each.sums.values() for total in by_name.values()]
+        seen.append((weights, sum(total.nbytes for total in sums)))
+        return run(self, *args)
+
+    monkeypatch.setattr(_Pass, "__init__", noted)
+    monkeypatch.setattr(Chain, "run", looked)
+    gc.collect()
+    gc.disable()
+    try:
+        statistics_by_blocks(model, batches(model), ["fisher"], progress=False)
+    finally:
+        gc.enable()
+    weights, sums = (max(sizes) for sizes in zip(*seen, strict=True))
+    assert weights == one
+    assert 0 < sums < 1.5 * one
 
 
 def test_all_but_the_blocks_is_kept_in_memory() -> None:
