@@ -48,7 +48,11 @@ class Kept:
             store.save(name, (tensors, dict(facts)))
 
     def refuse_other_shares(self) -> None:
-        """Raise where other processes than these had shared the samples."""
+        """Raise where other processes than these had shared the samples.
+
+        Raises:
+            LowRankError: it says how many they were.
+        """
         processes = str(PartialState().num_processes)
         others = {path.name.rpartition("-")[2] for path in self.folder.glob("pass-*")} - {processes}
         if others:
