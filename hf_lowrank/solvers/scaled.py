@@ -92,6 +92,16 @@ class DiagonalScaling(Scaling):
         return self.root[:, 0].square()
 
 
+def _cholesky(moment: Tensor, damping: float, mean: Tensor) -> Tensor:
+    """The lower Cholesky factor of a moment [n, n], which is damped further while rounding leaves it indefinite."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
+    while failed:
+        damping = max(10 * damping, 1e-10)
+        moment.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+    return lower
+
+
 class WhiteningScaling(Scaling):
     """S with SᵀS = M + damping · mean(diag M) · I, for a second moment M [n, n]: the transposed Cholesky factor.
 
@@ -113,12 +123,7 @@ class WhiteningScaling(Scaling):
     @cached_property
     def upper(self) -> Tensor:
         """S, found when it is first needed: the longer side of a weight never needs it."""
-        lower, failed = torch.linalg.cholesky_ex(self.moment)
-        while failed:  # rounding made it indefinite
-            self.damping = max(10 * self.damping, 1e-10)
-            self.moment.diagonal().add_(self.damping * self.mean)
-            lower, failed = torch.linalg.cholesky_ex(self.moment)
-        return lower.T
+        return _cholesky(self.moment, self.damping, self.mean).T
 
     def apply(self, matrix: Tensor) -> Tensor:
         blocks = _row_blocks(len(matrix))  # left of the diagonal are zeros
@@ -137,7 +142,7 @@ class WhiteningScaling(Scaling):
     def regress(self, matrix: Tensor, ridge: float) -> Tensor:
         moment = self.moment.clone()
         moment.diagonal().add_(ridge * self.mean)
-        return torch.cholesky_solve(matrix.to(moment), torch.linalg.cholesky(moment))
+        return torch.cholesky_solve(matrix.to(moment), _cholesky(moment, ridge, self.mean))
 
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()

@@ -87,3 +87,10 @@ def test_what_is_worth_nothing_is_no_trouble() -> None:
     found = sides("whitened", SHORT, LONG).decompose(torch.zeros(SHORT, LONG), 4)
     assert float(found.error(0)) == 0
     assert torch.isfinite(found.factors(torch.zeros(SHORT, LONG), 4).up).all()
+
+
+def test_a_moment_that_rounding_left_indefinite_is_regressed_on_as_one_that_is_damped_more() -> None:
+    """A centred moment of inputs that hardly differ is a difference of two large numbers, of either sign."""
+    inverse = WhiteningScaling(torch.diag(torch.tensor([1.0, -0.4])), 0.0).regress(torch.eye(2), 0.02).diagonal()
+    assert (inverse > 0).all()
+    assert inverse[0] < inverse[1]
