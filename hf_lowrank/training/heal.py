@@ -47,7 +47,7 @@ from hf_lowrank.training.told import Batch, Teacher, Told
 CHECKS = 4  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
-FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: a third of an epoch of training in time
+FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: about half an epoch of training in time
 MEASURED = 256  # texts on which it is measured how much errors of hidden states matter
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
 RATE, BEST = "rate.json", "best"

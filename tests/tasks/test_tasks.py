@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -555,8 +556,9 @@ def test_any_text_has_a_perplexity(tmp_path: Path, tokenizer: PreTrainedTokenize
 
 
 def test_a_stream_of_text_is_read_as_far_as_its_windows_take(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s a stream
     texts = [" ".join(WORDS[(n + k) % len(WORDS)] for k in range(5)) for n in range(5000)]
     write(tmp_path, train={"text": texts, "other": [None] * 5000})
 
