@@ -11,7 +11,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Options, Result, Row
+from benchmarks.memory import MEGABYTE, Peak
 from hf_lowrank import CompressionConfig, compress, compute_statistics
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.jobs.checkpoint import Work
@@ -30,7 +30,7 @@ from hf_lowrank.statistics.blockwise import statistics_by_blocks
 
 DEPTHS, WIDTH, GROWTH = (8, 16, 32, 64), 1024, 1.05
 SAMPLES, BATCH, LENGTH, VOCABULARY = 8, 4, 32, 2000
-MEGABYTE, INTERVAL = 2**20, 0.005  # seconds between two looks at the memory
+INTERVAL = 0.005  # seconds between two looks at the memory
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -102,7 +102,7 @@ def job(folder: Path, depth: int, whole: bool, factors: bool = True) -> dict[str
     output, work = (folder / f"{'whole' if whole else 'blocks'}-{depth}{ending}" for ending in ("", ".work"))
     config = CompressionConfig()
     weights = sum(path.stat().st_size for path in name.glob("*.safetensors"))
-    with Peak() as peak:
+    with Peak(private, INTERVAL) as peak:
         started, marks = time.process_time(), Marks()
         model = load(name, whole)
         batches = token_batches(model.config.vocab_size)
@@ -119,7 +119,7 @@ def job(folder: Path, depth: int, whole: bool, factors: bool = True) -> dict[str
     return {"weights": weights, "seconds": seconds, "blocks": depth, **peak.seen}
 
 
-def _tell(what: str, started: float, peak: "Peak") -> None:
+def _tell(what: str, started: float, peak: Peak) -> None:
     figures = ", ".join(f"{name} {size / MEGABYTE:.0f} MiB" for name, size in peak.seen.items())
     print(f"{what} after {time.process_time() - started:.0f} s, until then at most {figures}", file=sys.stderr)
 
@@ -136,26 +136,10 @@ def token_batches(vocabulary: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
 
 
-class Peak:
-    """The most private memory, resident and asked for, within a `with` block: looked at by a thread."""
-
-    def __enter__(self) -> "Peak":
-        self.seen = {"anonymous": 0.0, "data": 0.0}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def _look(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                for key, name in (("RssAnon:", "anonymous"), ("VmData:", "data")):
-                    if line.startswith(key):
-                        self.seen[name] = max(self.seen[name], 1024.0 * int(line.split()[1]))
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
+def private() -> dict[str, float]:
+    """The private memory of this process in bytes, resident and asked for."""
+    words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: 1024.0 * int(words[key].split()[0]) for key, name in (("RssAnon", "anonymous"), ("VmData", "data"))}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -88,10 +89,10 @@ def measure() -> dict[str, float]:
     del targets
     gc.collect()
     sizes["loaded"] = resident()
-    with Peak() as peak:
+    with peak_of_resident() as peak:
         compressed, _ = compress(model, CompressionConfig("tfwsvd"), statistics, progress=False)
     assert compressed is model  # edited in place
-    return sizes | {"peak": peak.seen, "after": resident()}
+    return sizes | {"peak": peak.seen["resident"], "after": resident()}
 
 
 def warm_up() -> float:
@@ -110,10 +111,10 @@ def largest_layer_workspace(targets: dict[str, Target], statistics: Statistics) 
     name = max(targets, key=lambda name: math.prod(targets[name].shape))
     weight = dense_weight(targets[name].module).detach()
     before = resident()
-    with Peak() as peak, torch.no_grad():
+    with peak_of_resident() as peak, torch.no_grad():
         objective = get_method("tfwsvd").objective({"fisher": statistics.mean("fisher", name)})
         objective.error(weight - objective.factorize(weight, round(0.33 * min(weight.shape))).product())
-    return peak.seen - before
+    return peak.seen["resident"] - before
 
 
 def random_statistics(targets: dict[str, Target]) -> Statistics:
@@ -127,19 +128,33 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / MEGABYTE
 
 
+def peak_of_resident() -> "Peak":
+    """The largest resident memory, by the name "resident"."""
+    return Peak(lambda: {"resident": resident()})
+
+
 class Peak:
-    """The largest resident memory within a `with` block, looked at every millisecond by a thread."""
+    """The largest of each figure of memory within a `with` block, looked at every so many seconds by a thread.
+
+    Args:
+        figures: what the memory of this process is now, by name.
+        interval: seconds between two looks.
+    """
+
+    def __init__(self, figures: Callable[[], dict[str, float]], interval: float = INTERVAL) -> None:
+        self.figures, self.interval = figures, interval
 
     def __enter__(self) -> "Peak":
-        self.seen = resident()
+        self.seen = self.figures()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
         return self
 
     def _look(self) -> None:
-        while not self._stop.wait(INTERVAL):
-            self.seen = max(self.seen, resident())
+        while not self._stop.wait(self.interval):
+            now = self.figures()
+            self.seen = {name: max(size, now[name]) for name, size in self.seen.items()}
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()

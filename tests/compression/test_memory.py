@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.memory import Peak, resident
+from benchmarks.memory import peak_of_resident, resident
 from hf_lowrank import LowRankError, compute_statistics
 from hf_lowrank.compression.memory import available, estimate_memory, factorization_bytes, skeleton, statistics_device
 from hf_lowrank.solvers import get_method
@@ -47,10 +47,10 @@ def test_factorizing_takes_no_more_than_estimated() -> None:
     method = get_method("kfac")
     method.objective(means).factorize(weight, 100)  # libraries are loaded once
     before = resident()
-    with Peak() as peak:
+    with peak_of_resident() as peak:
         objective = method.objective(means)
         objective.error(weight - objective.factorize(weight, 100).balanced().product())
-    assert (peak.seen - before) * 2**20 <= factorization_bytes(shape)
+    assert (peak.seen["resident"] - before) * 2**20 <= factorization_bytes(shape)
 
 
 def test_what_cannot_fit_is_refused_with_figures(tmp_path: Path) -> None:
