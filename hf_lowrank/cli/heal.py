@@ -28,7 +28,7 @@ class HealingOptions:
         int | None,
         typer.Option(
             help="Training texts to learn from. "
-            "[dim]Default: a quarter of all, but at least 2,048 and at most 4,096.[/dim]"
+            "[dim]Default: a quarter of all, but at least 2,048 and at most 4,096; of windows 2,048 × 128 tokens.[/dim]"
         ),
     ] = None
     epochs: Annotated[float, typer.Option(help="Passes over them.")] = DEFAULTS.epochs

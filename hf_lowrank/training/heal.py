@@ -29,8 +29,10 @@ from hf_lowrank.model.targets import factorized_layers, weight_shape
 from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.tasks import Task, collator, encode, load_split
+from hf_lowrank.tasks.checks import checked_length
 from hf_lowrank.tasks.data import training_rows
 from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
+from hf_lowrank.tasks.windows import rows_at_once
 from hf_lowrank.training.divergence import Reference
 from hf_lowrank.training.metric import hidden_metrics
 from hf_lowrank.training.running import (
@@ -48,7 +50,7 @@ CHECKS = 4  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
 FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: about half an epoch of training in time
-MEASURED = 256  # texts on which it is measured how much errors of hidden states matter
+MEASURED = 256  # texts on which it is measured how much errors of hidden states matter, or fewer windows
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
 RATE, BEST = "rate.json", "best"
 DENSE_ONE = "give the dense model that this one was made from"
@@ -176,8 +178,9 @@ def _texts(
     if task.packed:
         return _windows(tokenizer, task, data_dir, model, config)
     rows = load_split(task, "train", data_dir).shuffle(seed=config.seed)
-    held, wanted = _divided(len(rows), task, config)
+    held = _held_out(len(rows), task, config.held_out)
     new = len(rows) - held
+    wanted = min(new, config.samples or max(FEWEST, min(len(rows) // 4, MOST)))
     learnt, judged = rows.select(range(new - wanted, new)), rows.select(range(new, len(rows)))
     return encode(learnt, task, tokenizer, model.config), encode(judged, task, tokenizer, model.config)
 
@@ -185,20 +188,23 @@ def _texts(
 def _windows(
     tokenizer: PreTrainedTokenizerBase, task: Task, data_dir: Path | None, model: PreTrainedModel, config: HealConfig
 ) -> tuple[Dataset, Dataset]:
-    """As `_texts`, of windows of running text, which are known only once the text is read: those of another seed."""
-    wanted: Any = (model.config, config.held_out + (config.samples or MOST), config.seed + 1)
-    rows = encode_chosen(training_rows(task, data_dir), task, tokenizer, *wanted).shuffle(seed=config.seed)
-    held, wanted = _divided(len(rows), task, config)
-    return rows.select(range(held, held + wanted)), rows.select(range(held))
+    """As `_texts`, of windows of running text, which are known only once the text is read: those of another seed.
+
+    Unless it is said how many, they hold as many tokens as the fewest texts do.
+    """
+    length = checked_length(task, tokenizer, model.config)
+    held, wanted = task.at_once(config.held_out, length), config.samples or task.at_once(FEWEST, length)
+    chosen: Any = (model.config, held + wanted, config.seed + 1)
+    rows = encode_chosen(training_rows(task, data_dir), task, tokenizer, *chosen).shuffle(seed=config.seed)
+    held = _held_out(len(rows), task, held)
+    return rows.select(range(held, min(held + wanted, len(rows)))), rows.select(range(held))
 
 
-def _divided(count: int, task: Task, config: HealConfig) -> tuple[int, int]:
-    """Of so many texts, how many are judged by, and how many of the others are learnt from."""
+def _held_out(count: int, task: Task, wanted: int) -> int:
+    """How many of so many texts are judged by."""
     if count < 2:
         raise LowRankError(f"healing takes two texts at least, one to judge by; {task.name} has {count}")
-    held = min(config.held_out, count // 2)
-    wanted = config.samples or max(FEWEST, min(count // 4, MOST))
-    return held, min(wanted, count - held)
+    return min(wanted, count // 2)
 
 
 def _by_length(rows: Dataset) -> Dataset:
@@ -239,7 +245,14 @@ class _Healing:
     @property
     def steps(self) -> int:
         """Of a whole training."""
-        return max(1, round(self.config.epochs * math.ceil(len(self.rows) / self.config.batch_size)))
+        return max(1, round(self.config.epochs * math.ceil(len(self.rows) / self.batch)))
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step, over all processes."""
+        parts = PartialState().num_processes * self.config.accumulate
+        rows = rows_at_once(self.rows, self.reference.task, self.config.batch_size)
+        return rows if rows == self.config.batch_size else -(-rows // parts) * parts
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the factors, in main memory."""
@@ -259,8 +272,9 @@ class _Healing:
     @cached_property
     def metrics(self) -> list[Tensor]:
         """How much errors of hidden states matter; of none where they are not asked for."""
-        some = _by_length(self.rows.select(range(min(MEASURED, len(self.rows)))))
-        loader = DataLoader(some, self.config.batch_size, collate_fn=self.collate)
+        count = rows_at_once(self.rows, self.reference.task, MEASURED)
+        some = _by_length(self.rows.select(range(min(count, len(self.rows)))))
+        loader = DataLoader(some, self.batch, collate_fn=self.collate)
         return hidden_metrics(self.told, loader) if self.config.hidden > 0 else []
 
     def losses(self, run: nn.Module, batch: Batch, left: float) -> Tensor:
@@ -287,7 +301,7 @@ class _Healing:
         checks = {"eval_strategy": "steps", "eval_steps": _check_steps(steps)} if best else {}
         arguments = trainer_arguments(
             folder,
-            self.config.batch_size,
+            self.batch,
             rate,
             self.config.seed,
             self.config.bf16,

@@ -55,11 +55,13 @@ class HealConfig:
     """How to heal: Adam on the factors alone, over texts without labels, with cosine decay to 0 after a warm-up.
 
     Args:
-        samples: training rows to learn from; None for a quarter of all, but at least 2,048 and at most 4,096.
+        samples: training rows to learn from; None for a quarter of all, but at least 2,048 and at most 4,096, and of
+            windows of running text for as many as hold 2,048 × 128 tokens.
         epochs: passes over them, in the same batches; a fraction is allowed.
-        held_out: other training rows, on which the divergence from the teacher is measured.
+        held_out: other training rows, on which the divergence from the teacher is measured; of windows of more than
+            128 tokens fewer, which hold as many tokens as so many texts of 128.
         rates: learning rates that are tried, each from the start in a short training; the one of least loss goes on.
-        batch_size: rows of one step, over all processes.
+        batch_size: rows of one step, over all processes; of windows fewer likewise.
         accumulate: parts of a step that are computed one after the other, where memory is short.
         hidden: weight of the errors of the blocks' hidden states, beside the outputs' divergence, in the beginning; it
             falls to 0 in equal steps.

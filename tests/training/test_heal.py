@@ -30,7 +30,7 @@ from hf_lowrank.training.metric import DAMPING, hidden_metrics
 from hf_lowrank.training.running import SameBatches
 from hf_lowrank.training.settings import HealConfig
 from hf_lowrank.training.told import Teacher, Told
-from tests.helpers import bert_config, tiny_gpt2, tiny_t5
+from tests.helpers import bert_config, tiny_gpt2, tiny_llama, tiny_t5
 from tests.launches import Job
 from tests.tiny_task import WORDS, tiny_tokenizer, write_cola
 
@@ -359,6 +359,25 @@ def test_a_quarter_of_the_texts_is_read_between_two_bounds(
         monkeypatch.setattr(healing, "FEWEST", bounds[0])
         monkeypatch.setattr(healing, "MOST", bounds[1])
         assert len(healing._texts(tokenizer, get_task("cola"), data, dense(), HealConfig(held_out=16))[0]) == expected
+
+
+def test_of_long_windows_fewer_are_read_that_hold_as_many_tokens(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [" ".join(WORDS[(n * 5 + k) % 40] for k in range(99)) for n in range(200)]
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "train.parquet")
+    teacher = tiny_llama().eval()
+    task = get_task("text", 256, data_dir=tmp_path)
+    monkeypatch.setattr(healing, "FEWEST", 48)
+    config = HealConfig(held_out=12, batch_size=8)
+    learnt, judged = healing._texts(tokenizer, task, tmp_path, teacher, config)
+    assert [len(learnt), len(judged), len(learnt["input_ids"][0])] == [24, 6, 256]
+    assert len(healing._texts(tokenizer, task, tmp_path, teacher, replace(config, samples=9))[0]) == 9
+    reference = Reference(teacher, tokenizer, task, [])
+    begun = healing._Healing(teacher, teacher, {}, learnt, reference, dict, config, False)
+    assert (begun.batch, begun.steps) == (4, 12)
+    begun.config = replace(config, batch_size=10, accumulate=3)
+    assert begun.batch == 6  # not 5, of which there are no thirds
 
 
 def test_the_hidden_states_weigh_less_the_nearer_the_end_is(tokenizer: Any) -> None:
