@@ -1,5 +1,6 @@
 """A model and how each of its layers is to be rounded → the same model in the format of compressed-tensors."""
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,16 @@ def unpack(model: PreTrainedModel) -> None:
     if compressor is not None and hasattr(model, "ct_decompress_hook"):
         with quiet():
             compressor.decompress_model(model)
+
+
+def widened(model: Any) -> Any:
+    """A model that was loaded packed → one of the same class and values that no library ever quantized."""
+    unpack(model)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain, known = type(model)(config).to(model.dtype), model.state_dict()
+    plain.load_state_dict({name: known[name] for name in plain.state_dict()})
+    return plain.eval()
 
 
 @contextmanager

@@ -64,18 +64,27 @@ def read_config(folder: str | Path) -> Any:
         raise LowRankError(f"{folder} cannot be read as a model: {error}") from error
 
 
+def quantized_by(folder: str | Path) -> str | None:
+    """The library that quantized the model in a folder, as its config says; None of one that is not.
+
+    Raises:
+        LowRankError: as `read_config`.
+    """
+    known = getattr(read_config(folder), "quantization_config", None)
+    if not known:
+        return None
+    method = known.get("quant_method") if isinstance(known, dict) else known.quant_method
+    return str(getattr(method, "value", method))
+
+
 def refuse_quantized(folder: str | Path) -> None:
     """Raise where the model in a folder has few bits already.
 
     Raises:
         LowRankError: it says by what it was quantized.
     """
-    known = getattr(read_config(folder), "quantization_config", None)
-    if known:
-        method = known.get("quant_method") if isinstance(known, dict) else known.quant_method
-        raise LowRankError(
-            f"{folder} is quantized already, by {getattr(method, 'value', method)}: start from the model it was made of"
-        )
+    if library := quantized_by(folder):
+        raise LowRankError(f"{folder} is quantized already, by {library}: start from the model it was made of")
 
 
 def own_class(config: Any) -> Any:

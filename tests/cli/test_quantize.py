@@ -1,5 +1,6 @@
 """hf-lowrank quantize and export --int8: what they print, record, and refuse, on a tiny task."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,14 @@ def test_compress_quantize_and_what_looks_at_it(places: Path, tmp_path: Path, mo
     assert code == 0
     assert "4 bits, weight-only, by compressed-tensors" in told
     assert run(monkeypatch, capfd, "card", few)[0] == 0
-    code, _, error = run(
-        monkeypatch, capfd, "bench", few, "--against", places / "model", "--rounds", 1, "--batch", 1, "--length", 8
-    )
-    assert code == 0, error
+    shape = ["--rounds", 1, "--batch", 1, "--length", 8, "--json"]
+    timed = [run(monkeypatch, capfd, "bench", folder, *shape) for folder in (few, small)]
+    assert not any(code for code, _, _ in timed), timed[0][2]
+    of_few, exact = (json.loads(told) for _, told, _ in timed)
+    assert "float32, quantized by compressed-tensors, not compiled" in of_few["setup"]
+    assert of_few["bytes"]["compressed"] == record["weights_bytes"]
+    assert of_few["bytes"]["dense"] == exact["bytes"]["dense"]
+    assert of_few["cases"][0]["operations"] == exact["cases"][0]["operations"]
     for words in (["compress", few, *task(places)], ["finetune", few, *task(places)]):
         code, _, error = run(monkeypatch, capfd, *words, "--output", tmp_path / "no")
         assert code == 2

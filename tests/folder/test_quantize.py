@@ -21,11 +21,13 @@ from hf_lowrank.folder.inspect import inspect
 from hf_lowrank.folder.packing import rounding_for
 from hf_lowrank.folder.quantize import quantizable, quantize_, quantize_folder
 from hf_lowrank.folder.quantizers import QUANTIZERS, Quantization
-from hf_lowrank.folder.reading import load_low_rank
+from hf_lowrank.folder.reading import load_low_rank, load_own
 from hf_lowrank.folder.saving import read_record, save_compressed
 from hf_lowrank.folder.verify import verify
 from hf_lowrank.nn.layers_lowrank import LowRankLayer
 from hf_lowrank.pipeline import Pipeline
+from hf_lowrank.studies.bench import BenchConfig, bench
+from hf_lowrank.studies.bench.measure import operations, weight_bytes
 from hf_lowrank.training.similarity import shared_neighbours
 from tests.helpers import HIDDEN, outputs, tiny_bert, tiny_llama, token_ids
 from tests.launches import QUIET
@@ -285,6 +287,20 @@ def test_embeddings_of_four_bits(tmp_path: Path) -> None:
     ):
         quantize_folder(dense_bert(tmp_path / "dense"), tmp_path / "out", Quantization(4, embedding_bits=4))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_integer_products_and_the_codes_of_weights_are_counted(library: str, tmp_path: Path) -> None:
+    needs(library)
+    few = tmp_path / "few"
+    quantize_folder(bert(tmp_path / "source"), few, Quantization(8, library, "dynamic"))
+    model, exact = (load_own(folder, torch.float32) for folder in (few, tmp_path / "source"))
+    with torch.inference_mode():
+        found, expected = (operations(lambda each=each: each(input_ids=token_ids(0))) for each in (model, exact))
+    assert found == expected
+    assert weight_bytes(model) < 0.7 * weight_bytes(exact)
+    with pytest.raises(LowRankError, match=f"is quantized by {library}: say what to measure it against"):
+        bench(few, None, BenchConfig((1,), (4,), rounds=1), progress=False)
 
 
 # What cannot be done

@@ -1,10 +1,14 @@
-"""A call → its arithmetic; the memory it takes at its peak."""
+"""A call → its arithmetic; the memory it takes at its peak; a model → that of its weights."""
 
+import math
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_lowrank.jobs.turns import Call
@@ -16,13 +20,30 @@ def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> 
     return 2 * batch * heads * tokens * key[-2] * (width + value[-1])
 
 
-# The CPU's attention kernel, which the counter does not know.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+def _product(left: Any, right: Any, *rest: Any, **options: Any) -> int:
+    """Operations of [tokens, in] @ [in, out], of integers."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _bitsandbytes(inputs: Any, codes: Any, weight: Any, *rest: Any, **options: Any) -> int:
+    """Operations of [..., in] and a weight [out, in], of integers."""
+    return 2 * math.prod(inputs) * weight[0]
+
+
+def _unknown_products() -> dict[Any, Any]:
+    """What the counter does not know: the CPU's attention kernel, and the products of quantizers' libraries."""
+    known = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._int_mm: _product,  # torchao's
+    }
+    with suppress(AttributeError):  # bitsandbytes is not imported
+        known[torch.ops.bitsandbytes.int8_mixed_scaled_mm] = _bitsandbytes
+    return known
 
 
 def operations(call: Call) -> int:
-    """Floating-point operations of the matrix products and the attention of one call."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    """Operations of the matrix products and the attention of one call, on numbers of any precision."""
+    with FlopCounterMode(display=False, custom_mapping=_unknown_products()) as counter:
         call()
     return counter.get_total_flops()
 
@@ -44,3 +65,15 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(map(_held, (*model.parameters(), *model.buffers())))
+
+
+def _held(tensor: Any) -> int:
+    """Bytes of a tensor, of torchao's those of the tensors within, such as codes and scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return int(tensor.nbytes)
+    return sum(_held(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

@@ -96,6 +96,7 @@ class BenchRecord:
 
     `cache_bytes` are of the keys and values of one token: as they are kept, and what they would be if in their place
     the inner channels of those with factors were kept, which no runtime does; empty where they are not known.
+    `quantized_by` is the library that quantized the compressed model.
     """
 
     model: str
@@ -110,6 +111,7 @@ class BenchRecord:
     first_output_seconds: dict[str, float]
     cases: tuple[Case, ...]
     cache_bytes: dict[str, int] = field(default_factory=dict)
+    quantized_by: str | None = None
 
     @property
     def setup(self) -> str:
@@ -117,7 +119,8 @@ class BenchRecord:
         threads = self.machine["threads"]
         place = self.machine.get("accelerator") or f"{threads} thread{'s' * (threads > 1)} of {self.machine['cpu']}"
         compiled = "torch.compile" if self.compiled else "not compiled"
-        return f"{self.dtype}, {compiled}, {place}, torch {self.machine['torch']}"
+        bits = f", quantized by {self.quantized_by}" if self.quantized_by else ""
+        return f"{self.dtype}{bits}, {compiled}, {place}, torch {self.machine['torch']}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
-from hf_lowrank.folder.densify import densify_folder
-from hf_lowrank.folder.reading import load_whole, own_class, read_config
+from hf_lowrank.folder.densify import densify, densify_folder
+from hf_lowrank.folder.packing import widened
+from hf_lowrank.folder.reading import load_low_rank, load_whole, own_class, quantized_by, read_config
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.jobs.turns import Call, seconds_in_turns
 from hf_lowrank.studies.bench.cache import cache_bytes
 from hf_lowrank.studies.bench.machine import machine_facts
-from hf_lowrank.studies.bench.measure import operations, peak_bytes
+from hf_lowrank.studies.bench.measure import operations, peak_bytes, weight_bytes
 from hf_lowrank.studies.bench.record import DENSE, LOW, BenchRecord, Case
 
 LOADS = 5  # of each model, after one that is not counted
@@ -55,14 +56,15 @@ def bench(
 ) -> BenchRecord:
     """Measure the model in `folder` beside another: `against`, or its own dense form (see `densify`).
 
-    Either may be dense or low-rank; the other one is called dense in the record.
+    Either may be dense or low-rank, quantized or not; the other one is called dense in the record. Quantized models
+    are timed as their library runs them here: compressed-tensors' weight-only ones with widened weights.
 
     Tokens are random. A causal language model is measured at reading a prompt ("prefill") and at writing after it
     ("decode", per token), others at a "forward" pass.
 
     Raises:
-        LowRankError: a model of images or sound, one that is not whole, a dense one with nothing `against` it, one of
-            another vocabulary, or inputs too long for it.
+        LowRankError: a model of images or sound, one that is not whole, nothing `against` one that is dense or that
+            another library than compressed-tensors quantized, one of another vocabulary, or inputs too long for it.
     """
     config = config or BenchConfig()
     low_class = own_class(model_config := read_config(folder))
@@ -75,10 +77,27 @@ def bench(
         raise LowRankError(f"{folder} takes at most {longest} tokens, not {max(config.lengths)}")
     with tempfile.TemporaryDirectory(prefix="hf-lowrank-bench-") as scratch:
         if against is None:
-            densify_folder(folder, Path(scratch) / "dense")
+            _write_dense_form(folder, Path(scratch) / "dense")
         other = against or Path(scratch) / "dense"
         places = {DENSE: (own_class(read_config(other)), other), LOW: (low_class, folder)}
         return _bench(places, str(against or "densified"), config, progress)
+
+
+def _write_dense_form(folder: str | Path, output: Path) -> None:
+    """The densified model, of a quantized one that of its widened weights.
+
+    Raises:
+        LowRankError: as `densify_folder`; the library that quantized it has no way back.
+    """
+    library = quantized_by(folder)
+    if library is None:
+        densify_folder(folder, output)
+    elif library == "compressed-tensors":
+        densify(widened(load_low_rank(folder))).save_pretrained(output)
+    else:
+        raise LowRankError(
+            f"{folder} is quantized by {library}: say what to measure it against, such as the model it was made from"
+        )
 
 
 def _bench(places: dict[str, Any], dense_name: str, config: BenchConfig, progress: bool) -> BenchRecord:
@@ -105,6 +124,7 @@ def _bench(places: dict[str, Any], dense_name: str, config: BenchConfig, progres
         dense=Path(dense_name).name,
         dtype=str(models[LOW].dtype).removeprefix("torch."),
         compiled=config.compiled,
+        quantized_by=quantized_by(places[LOW][1]),
         rounds=config.rounds,
         machine=machine_facts(device),
         parameters={which: model.num_parameters() for which, model in models.items()},
@@ -152,7 +172,7 @@ def cases(
     for phase, prepare in phases.items():
         calls = {which: prepare(model) for which, model in models.items()}
         counts = {which: operations(call) for which, call in calls.items()}
-        peaks = {which: peak_bytes(call, device) + _weight_bytes(models[which]) for which, call in calls.items()}
+        peaks = {which: peak_bytes(call, device) + weight_bytes(models[which]) for which, call in calls.items()}
         if config.compiled:
             compiled = {which: _compiled(model) for which, model in models.items()}
             calls = {which: prepare(model) for which, model in compiled.items()}
@@ -205,10 +225,6 @@ def _is_causal(model: PreTrainedModel) -> bool:
 def _compiled(model: PreTrainedModel) -> Any:
     torch._dynamo.reset()
     return torch.compile(model)
-
-
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _file_bytes(place: str | Path) -> int | None:
