@@ -1,5 +1,6 @@
 """A decoder and the second moments of its MLPs' inner channels → the same class of model, its MLPs narrower."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.checks import quantizer_of, refuse_adapter
+from hf_lowrank.model.weightless import weightless
 from hf_lowrank.solvers.nystrom import nystrom
 from hf_lowrank.statistics import Statistics
 
@@ -41,7 +43,8 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
     """The MLPs of gate_proj, up_proj and down_proj by name, if they can be made narrower together.
 
     Raises:
-        LowRankError: there are none, or of different widths; a layer is factorized or quantized; there is an adapter.
+        LowRankError: there are none, of different widths, or of another than the config's; a layer is factorized or
+            quantized; there is an adapter.
     """
     refuse_adapter(model)
     found = {name: module for name, module in model.named_modules() if all(hasattr(module, part) for part in PARTS)}
@@ -57,7 +60,21 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
     if len(widths) != 1:
         reason = "MLPs of different widths" if found else "no MLPs of gate_proj, up_proj and down_proj"
         raise LowRankError(f"a {type(model).__name__} with {reason} cannot be made narrower; factorize it instead")
+    if _as_wide_as_the_config(model) != set(layers):
+        raise LowRankError(
+            f"a {type(model).__name__} whose MLPs are not all of the config's intermediate_size, such as shared "
+            "experts, cannot be made narrower; factorize it instead"
+        )
     return found
+
+
+def _as_wide_as_the_config(model: PreTrainedModel) -> set[str]:
+    """The layers that have another shape where the config has another `intermediate_size`."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().intermediate_size = 1
+    shapes = {name: parameter.shape for name, parameter in weightless(type(model), config).named_parameters()}
+    changed = [name for name, parameter in model.named_parameters() if parameter.shape != shapes.get(name)]
+    return {name.rpartition(".")[0] for name in changed}
 
 
 def width_for(model: PreTrainedModel, keep: float, align: int = 1) -> int:

@@ -32,7 +32,8 @@ def nystrom(moment: Tensor, width: int) -> tuple[Tensor, Tensor]:
     scores = vectors.square() @ (values / (values + ridge).clamp_min(torch.finfo(values.dtype).tiny))
     kept = scores.topk(width).indices.sort().values
     inner = moment[kept][:, kept]
-    inner.diagonal().add_(RIDGE * inner.diagonal().mean())
+    mean = inner.diagonal().mean()
+    inner.diagonal().add_(RIDGE * torch.where(mean > 0, mean, 1.0))  # all zero: nothing follows from those kept
     mixed = torch.linalg.solve(inner, moment[kept]).T
     mixed[kept] = torch.eye(width, dtype=mixed.dtype, device=mixed.device)
     return kept, mixed

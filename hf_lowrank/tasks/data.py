@@ -136,7 +136,7 @@ def reason(error: BaseException) -> str:
     said = " ".join(map(str, causes))
     if "utf-8" in said.lower() or "UTF8" in said:
         return "it is not UTF-8; save it as UTF-8"
-    if "corresponds to no data" in said:
+    if "corresponds to no data" in said or "at least one example" in said:
         return "it has no rows"
     if "gated dataset" in said:
         return "it is gated: ask for access on its page on the Hub, and log in with 'hf auth login'"

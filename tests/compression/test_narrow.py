@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hf_lowrank import LowRankError, compute_statistics
-from hf_lowrank.compression.narrow import LAYERS, NEEDS, narrow
+from hf_lowrank.compression.narrow import LAYERS, NEEDS, gated_mlps, narrow
 from hf_lowrank.solvers.nystrom import nystrom
 from tests.helpers import WIDE, tiny_bert, tiny_llama
 
@@ -33,6 +33,11 @@ def test_channels_follow_from_those_kept_as_far_as_the_moment_says() -> None:
     left = (x - x[:, kept] @ mixed.T).square().sum()
     assert left < (x - torch.where(torch.isin(torch.arange(12), kept), x, 0.0)).square().sum()
     torch.testing.assert_close(nystrom(1e-6 * moment, 5)[1], mixed)  # of any scale
+
+
+def test_an_mlp_that_never_says_anything_is_made_narrower_too() -> None:
+    kept, mixed = nystrom(torch.zeros(12, 12), 5)
+    assert torch.equal(mixed, torch.eye(12, dtype=torch.float64)[:, kept])
 
 
 def test_a_model_with_idle_channels_says_the_same_when_they_are_gone(tmp_path: Path) -> None:
@@ -67,3 +72,9 @@ def test_what_cannot_be_narrower_is_refused() -> None:
         narrow(model, measured, 65)
     with pytest.raises(LowRankError, match="BertForSequenceClassification with no MLPs of gate_proj, up_proj and"):
         narrow(tiny_bert(), measured, 8)
+    assert len(gated_mlps(tiny_llama(mlp_bias=True))) == 2
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": WIDE, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 2, "num_experts_per_tok": 1}
+    config = Qwen2MoeConfig(**sizes, moe_intermediate_size=8, shared_expert_intermediate_size=WIDE)
+    with pytest.raises(LowRankError, match="not all of the config's intermediate_size, such as shared experts"):
+        gated_mlps(Qwen2MoeForCausalLM(config))

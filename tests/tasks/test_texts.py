@@ -102,6 +102,9 @@ def test_texts_are_read_from_files(tmp_path: Path) -> None:
         read_texts(tmp_path / "a.parquet", ["title"])
     with pytest.raises(LowRankError, match="holds no texts in label"):
         read_texts(tmp_path / "a.parquet", ["label"])
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(LowRankError, match="empty.txt cannot be read: it has no rows"):
+        read_texts(tmp_path / "empty.txt")
     with pytest.raises(LowRankError, match="nothing.txt is no file of texts"):
         read_texts(tmp_path / "nothing.txt")
 
