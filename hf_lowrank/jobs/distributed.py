@@ -14,6 +14,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object, pa
 from torch import Tensor
 
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.jobs.digests import bytes_of
 from hf_lowrank.jobs.files import held
 
 T = TypeVar("T")
@@ -200,5 +201,5 @@ def _exchanged(own: dict[str, Result]) -> Iterator[tuple[str, Result]]:
 def _broadcast(tensor: Tensor, sender: int) -> Tensor:
     """Its bytes, so that any dtype can travel."""
     here = tensor.detach().contiguous().to(PartialState().device)
-    broadcast(here.view(torch.uint8), from_process=sender)
+    broadcast(bytes_of(here), from_process=sender)
     return here

@@ -182,6 +182,14 @@ def test_damaged_results_are_named(tmp_path: Path, damage: str) -> None:
         store.load("layer.0")
 
 
+def test_a_single_number_is_kept_whatever_its_stride(tmp_path: Path) -> None:
+    """As of a layer of one output, whose moment has a diagonal of one number."""
+    number = torch.full((1, 1), 3.0).diagonal()
+    assert number.stride() == (2,)
+    Store(tmp_path).save("gate", ({"outputs": number}, {}))
+    assert torch.equal(Store(tmp_path).load("gate")[0]["outputs"], number)
+
+
 @pytest.mark.slow
 def test_a_damaged_file_is_named_and_its_loss_costs_only_itself(
     common: list[Any], undisturbed: dict[str, Any], tmp_path: Path
