@@ -1,7 +1,7 @@
 """--resume: where a command keeps its unfinished work, and what must be the same for it to go on."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from hf_lowrank.compression.config import CompressionConfig
 from hf_lowrank.compression.memory import MemoryEstimate, estimate_memory, skeleton, statistics_device
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.checkpoint import KEY, Work
-from hf_lowrank.jobs.distributed import held_for_all, on_main
+from hf_lowrank.jobs.distributed import from_everyone, held_for_all, on_main, shared_errors
 from hf_lowrank.jobs.files import read_json, refuse_existing
 from hf_lowrank.jobs.settings import check_choice
 from hf_lowrank.tasks import Task
@@ -85,12 +85,19 @@ def planned_memory(
             _tell_whole(NOTHING_MEASURED if task is None else "it cannot be built without its weights")
         return None
     tokens = task.at_once(batch_size, task.max_length) * task.max_length
-    plan = plan_memory(empty, config, asked, state.device, tokens, also)
+    plan = _agreed_plan(lambda asked: plan_memory(empty, config, asked, state.device, tokens, also), asked)
     if plan.why_whole:
         _tell_whole(plan.why_whole)
     if state.is_main_process:
         _tell(plan.estimate, plan.place, plan.by_blocks)
     return plan
+
+
+def _agreed_plan(planned: Callable[[str], Plan], asked: str) -> Plan:
+    """The plan of this process, which goes by blocks if any has to: memory is not the same everywhere."""
+    with shared_errors():
+        plan = planned(asked)
+    return planned("on") if any(from_everyone(plan.by_blocks)) else plan
 
 
 def _tell_whole(why: str) -> None:
@@ -99,9 +106,9 @@ def _tell_whole(why: str) -> None:
 
 
 def begun_by_blocks(folder: Path) -> bool | None:
-    """Whether the unfinished work in a folder goes block by block; None if there is none."""
+    """Whether the unfinished work in a folder goes block by block, on all processes; None if there is none."""
     path = folder / KEY
-    return bool(read_json(path).get("settings", {}).get("blockwise")) if path.is_file() else None
+    return on_main(lambda: bool(read_json(path).get("settings", {}).get("blockwise")) if path.is_file() else None)
 
 
 def _tell(estimate: MemoryEstimate, place: torch.device | None, by_blocks: bool = False) -> None:

@@ -5,18 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import CompressionConfig, LowRankError, Pipeline
+from hf_lowrank.cli.work import planned_memory
 from hf_lowrank.compression import blockwise
 from hf_lowrank.compression.blockwise import plan_memory
-from hf_lowrank.compression.memory import estimate_memory
+from hf_lowrank.compression.memory import estimate_memory, skeleton
 from hf_lowrank.compression.report import CompressionReport
 from hf_lowrank.model.blocks import is_on_disk
 from hf_lowrank.model.weightless import weightless
+from hf_lowrank.tasks import get_task
 from tests.helpers import tiny_albert, tiny_bert
-from tests.launches import make_data, make_model
+from tests.launches import Job, make_data, make_model
 from tests.tiny_task import run
 
 CPU = torch.device("cpu")
@@ -109,3 +112,19 @@ def test_it_is_told_where_nothing_is_measured_though_blocks_are_asked_for(
     code, _, err = run(monkeypatch, capfd, *words)
     assert code == 0, err
     assert "held in memory, not block by block, as nothing is measured" in err
+
+
+def plan_where_one_has_less(folder: Path) -> None:
+    task, config = get_task("cola", data_dir=folder / "data"), CompressionConfig()
+    model = skeleton(str(folder / "model"), task, CPU)
+    assert model is not None
+    whole = estimate_memory(model, config.needs, tokens=task.at_once(16, task.max_length) * task.max_length).total
+    blockwise.available = lambda device: whole if PartialState().is_main_process else whole - 1
+    plan = planned_memory(str(folder / "model"), task, config, "auto", 16, "")
+    assert plan is not None
+    assert plan.by_blocks
+
+
+@pytest.mark.slow
+def test_all_processes_go_by_blocks_where_one_of_them_has_to(folder: Path, tmp_path: Path) -> None:
+    Job(tmp_path / "job", plan_where_one_has_less, folder, processes=2).done()
