@@ -29,6 +29,7 @@ from benchmarks import (
     labels,
     layer,
     lm,
+    lm_bytes,
     loading,
     memory,
     model_speed,
@@ -80,6 +81,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "labels": labels.run,
     "mutation": mutation.run,
     "lm": lm.run,
+    "lm_bytes": lm_bytes.run,
     "gpu": gpu.run,
     "tasks": tasks.run,
     "tokens": tokens.run,
@@ -99,7 +101,7 @@ NEED_MODEL = (
     "shrink",
 )
 # Too long, for few machines, or with packages of their own:
-BY_NAME = ("blockwise", "engines", "mutation", "lm", "tokens", "gpu")
+BY_NAME = ("blockwise", "engines", "mutation", "lm", "lm_bytes", "tokens", "gpu")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -132,6 +134,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
   lm             a small Llama, trained here by lm --train, compressed by every method     an hour each
+  lm_bytes       the same model in 8 and 4 bits, dense and low rank, and within bytes   about 15 minutes
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
   tasks          a small model of every kind of task, a third of its ranks kept          about 2 minutes

@@ -132,15 +132,20 @@ class Study:
 
     def _stored(self, model: Any, form: str, folder: Path) -> Any:
         """A form of a model, written and loaded again; it remembers its outputs."""
-        bits = getattr(getattr(model, "compression_report", None), "bits", {})
         if form != "float32":
-            few = 8 if form in ("int8", CHOSEN) else 4
-            embeddings = few if isinstance(model, LowRankMixin) else 8  # transformers could not load fewer
-            solver = None if form == NEAREST else solver_for_codes(model, "kfac", self.statistics)
-            quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, STORED_IN)
+            to_few_bits(model, form, None if form == NEAREST else self.statistics)
         model.save_pretrained(folder)
         self.pipeline.reading[0].save_pretrained(folder)
         return remembering(load_model(str(folder), self.pipeline.reading[1])[0])
+
+
+def to_few_bits(model: Any, form: str, statistics: Statistics | None) -> None:
+    """Round a model in place, by what was measured of it or each weight to the nearest."""
+    bits = getattr(getattr(model, "compression_report", None), "bits", {})
+    few = 8 if form in ("int8", CHOSEN) else 4
+    embeddings = few if isinstance(model, LowRankMixin) else 8  # transformers could not load fewer
+    solver = None if statistics is None else solver_for_codes(model, "kfac", statistics)
+    quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, STORED_IN)
 
 
 def remembering(model: Any) -> Any:
