@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_lowrank.folder.style import BLACK, BLUE, GREEN, PURPLE, VERMILLION, new_figure, save_png, styled
+from hf_lowrank.folder.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION, new_figure, save_png, styled
 
 PICTURE = Path(__file__).parent / "pictures" / "score_against_bytes.png"
 GRAPHS = "float32, ONNX Runtime", "int8, ONNX Runtime"
@@ -23,6 +23,7 @@ BITS: dict[str, tuple[str, dict[str, Any]]] = {
     GRAPHS[0]: ("float32", {"color": BLACK, "marker": "o"}),
     GRAPHS[1]: ("int8", {"color": GREEN, "marker": "D"}),
 }
+SMALLER = "half the blocks"  # not factorized: fewer of the family's blocks
 MARGIN = 2.0  # points of score above and below, so that noise does not look large
 BY_BYTES = ("float32", "int8", "int4", "chosen by layer")
 
@@ -36,6 +37,7 @@ def points(rows: Iterable[dict[str, Any]], bits: str, across: str) -> tuple[list
         if row["bits"] == bits and row.get(across):
             value = row[across]
             found[row["model"]].append((median(value) if isinstance(value, list) else value, row["score"]))
+    found.pop(SMALLER, None)
     means = {model: (fmean(x for x, _ in of), fmean(y for _, y in of)) for model, of in found.items()}
     dense = [means.pop("dense")] if "dense" in means else []
     return dense, sorted(means.values(), reverse=True)
@@ -53,6 +55,10 @@ def bytes_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     panels[0].minorticks_off()
     panels[0].set_xlabel("megabytes of the whole model (hollow: not factorized)")
     panels[0].set_ylabel("score")
+    small = sorted((row["megabytes"], row["score"]) for row in rows if row["model"] == SMALLER)
+    if small:
+        panels[0].plot(*zip(*small, strict=True), "x--", color=ORANGE, label="half the blocks, distilled")
+        panels[0].legend(loc="lower right")
     scores = [row["score"] for row in rows]
     panels[0].set_ylim(min(scores) - MARGIN, max(scores) + MARGIN)
     if timed:

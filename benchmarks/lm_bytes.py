@@ -1,4 +1,4 @@
-"""The language model of `lm_train` in 8 and 4 bits, dense, with fewer ranks and within bytes → what each form adds to its loss."""
+"""The language model of `lm_train` in few bits, dense, with fewer ranks, within bytes → what that adds to its loss."""
 
 import copy
 import tempfile
@@ -38,8 +38,8 @@ def run(options: Options) -> Result:
         f"Python; dense perplexity {dense['perplexity']:.2f}",
         [_row(*key, [row for row in lines.rows() if (row["model"], row["bits"]) == key]) for key in keys],
         [
-            "`kfac`; weights rounded with its moments, what is not rounded in float16. Nats added to the loss on packages "
-            "held out, and KL to dense: mean and standard error over calibration seeds."
+            "`kfac`; weights rounded with its moments, what is not rounded in float16. Nats added to the loss on "
+            "packages held out, and KL to dense: mean and standard error over calibration seeds."
         ],
         {"dense": dense, "tokens": study.tokens, "rows": lines.rows()},
     )
@@ -68,7 +68,7 @@ def _made(study: Study, name: str, seed: int) -> Any:
     if not MODELS[name]:
         return model
     config = with_embeddings(model, CompressionConfig(**MODELS[name]))
-    rest: dict[str, Any] = {"progress": False, "dtype": STORED_IN, "batches": study.calibration(seed)}
+    rest: dict[str, Any] = {"progress": False, "dtype": STORED_IN, "batches": study.marks(seed)}
     return compress(model, config, study._statistics(config, seed), **rest)[0]
 
 

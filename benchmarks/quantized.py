@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.bytes_picture import bytes_figure
 from benchmarks.harness import Lines, Options, Result, Row, mean_of
+from benchmarks.smaller import half
 from hf_lowrank import CompressionConfig, Statistics
 from hf_lowrank.allocation.budget import ImpossibleBudget
 from hf_lowrank.compression.codes import solver_for_codes
@@ -37,7 +38,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "9 MB": {"bytes": "9MB"},
     "6 MB": {"bytes": "6MB"},
 }
-CHOSEN, NEAREST = "chosen by layer", "int4, to the nearest"
+HALF = "half the blocks"  # a smaller model of the family
+CHOSEN, NEAREST, NEAREST_8 = "chosen by layer", "int4, to the nearest", "int8, to the nearest"
 FORMS = ("float32", "int8", "int4")
 STORED_IN = torch.float16  # what is not rounded
 TO_NEAREST = ("dense", "20%")  # the models that are rounded so too
@@ -46,7 +48,7 @@ TO_NEAREST = ("dense", "20%")  # the models that are rounded so too
 def run(options: Options) -> Result:
     """The forms that the file has not yet, of one seed; the table of all its seeds, and its picture."""
     study = Study.begin(options)
-    for name in MODELS:
+    for name in (*MODELS, HALF):
         study.measure(name)
     return study.result()
 
@@ -79,8 +81,8 @@ class Study:
         return measured
 
     def measure(self, name: str) -> None:
-        """The forms of one of `MODELS` that are not known yet."""
-        bits = [CHOSEN] if "bytes" in MODELS[name] else [*FORMS, *([NEAREST] if name in TO_NEAREST else [])]
+        """The forms of one of `MODELS`, or of the smaller model, that are not known yet."""
+        bits = _forms(name)
         missing = [form for form in bits if not self.lines.has(model=name, bits=form, seed=self.seed)]
         if not missing:
             return
@@ -102,7 +104,9 @@ class Study:
         self.lines.add(**known, score=score, **more)
 
     def made(self, name: str) -> Any:
-        """The model itself, or a copy compressed."""
+        """The model itself, a copy compressed, or one of half its blocks."""
+        if name == HALF:
+            return half(self.pipeline, self.output / f"{self.name}_half")
         if not MODELS[name]:
             return self.pipeline.model
         candidate = self.pipeline.candidate()
@@ -133,16 +137,23 @@ class Study:
     def _stored(self, model: Any, form: str, folder: Path) -> Any:
         """A form of a model, written and loaded again; it remembers its outputs."""
         if form != "float32":
-            to_few_bits(model, form, None if form == NEAREST else self.statistics)
+            to_few_bits(model, form, None if form in (NEAREST, NEAREST_8) else self.statistics)
         model.save_pretrained(folder)
         self.pipeline.reading[0].save_pretrained(folder)
         return remembering(load_model(str(folder), self.pipeline.reading[1])[0])
 
 
+def _forms(name: str) -> list[str]:
+    """In which forms a model is measured; the smaller one without statistics of its own."""
+    if name == HALF:
+        return [FORMS[0], NEAREST_8]
+    return [CHOSEN] if "bytes" in MODELS[name] else [*FORMS, *([NEAREST] if name in TO_NEAREST else [])]
+
+
 def to_few_bits(model: Any, form: str, statistics: Statistics | None) -> None:
     """Round a model in place, by what was measured of it or each weight to the nearest."""
     bits = getattr(getattr(model, "compression_report", None), "bits", {})
-    few = 8 if form in ("int8", CHOSEN) else 4
+    few = 8 if form in ("int8", NEAREST_8, CHOSEN) else 4
     embeddings = few if isinstance(model, LowRankMixin) else 8  # transformers could not load fewer
     solver = None if statistics is None else solver_for_codes(model, "kfac", statistics)
     quantize_(model, Quantization(few, embedding_bits=embeddings), bits, solver, STORED_IN)

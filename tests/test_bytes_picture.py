@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from benchmarks.bytes_picture import bytes_figure, points
+import torch
+
+from benchmarks.bytes_picture import SMALLER, bytes_figure, points
+from benchmarks.quantized import HALF
+from benchmarks.smaller import every_second
+from tests.helpers import outputs, tiny_bert
 
 
 def row(model: str, bits: str, megabytes: float, score: float, **more: Any) -> dict[str, Any]:
@@ -30,3 +35,14 @@ def test_points_are_means_over_seeds_and_the_dense_model_stands_apart() -> None:
 def test_there_is_a_second_panel_where_something_was_timed() -> None:
     assert len(bytes_figure(BYTES).axes) == 1
     assert len(bytes_figure([*BYTES, *TIMES]).axes) == 2
+
+
+def test_a_smaller_model_of_the_family_stands_beside_the_low_rank_ones() -> None:
+    rows = [*BYTES, row(HALF, "float32", 70.0, 80.0), row(HALF, "int8, to the nearest", 18.0, 79.9)]
+    assert SMALLER == HALF
+    assert points(rows, "float32", "megabytes") == ([], [])
+    assert [line.get_label() for line in bytes_figure(rows).axes[0].lines].count("half the blocks, distilled") == 1
+    model = tiny_bert(num_hidden_layers=4)
+    small = every_second(model)
+    model.bert.encoder.layer = torch.nn.ModuleList([model.bert.encoder.layer[n] for n in (1, 3)])
+    torch.testing.assert_close(outputs(small), outputs(model))

@@ -1,5 +1,6 @@
 """A model, its statistics and a budget in bytes → the rank and the bits of every layer that together lose least."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,8 +93,8 @@ def _packed(model: PreTrainedModel, targets: Mapping[str, Target], dtype: torch.
 def _check_range(wanted: float, least: float, most: float) -> None:
     if not least <= wanted <= most:
         raise ImpossibleBudget(
-            f"bytes {wanted:,.0f} cannot be met: it must be between {least / 1e6:.2f}MB (the smallest "
-            f"ranks in 4 bits) and {most / 1e6:.2f}MB (all layers dense in 8 bits)"
+            f"bytes {wanted:,.0f} cannot be met: it must be between {math.ceil(least):,} (the smallest ranks in 4 "
+            f"bits) and {math.floor(most):,} (all layers dense in 8 bits)"
         )
 
 

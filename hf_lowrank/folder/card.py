@@ -16,6 +16,7 @@ from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.citations import citations
 from hf_lowrank.folder.facts import public_name, versions
+from hf_lowrank.folder.quantizers import in_words
 from hf_lowrank.folder.scores import KINDS, WORDS, comparable, last_score, left_out
 from hf_lowrank.jobs.files import write_text
 from hf_lowrank.nn.auto_lowrank import auto_class_of
@@ -63,6 +64,7 @@ def render_card(record: Record, name: str) -> str:
         "method": METHODS.get(record["settings"]["method"]),
         "settings": {key: value for key, value in record["settings"].items() if key != "method" and value is not None},
         "factorized": [layer for layer in _all_layers(record) if layer["rank"] is not None],
+        "quantized": in_words(record),
         "earlier": [described(step) for step in record.get("earlier", ())],
         "reader": _reader(record),
         "picture": PICTURE if _is_drawn(record) else None,
@@ -275,15 +277,17 @@ def _rows(record: Record) -> list[list[str]]:
         *_divergences(record, kinds),
         ["parameters", *(counts.get(kind, f"{after:,}") for kind in kinds)],
         ["weights on disk (MB)", *(_number(sizes.get(kind, floats), "{:.1f}", 1e6) for kind in kinds)],
-        ["latency (ms)", *(_number(_latency(latency, kind), "{:.3g}") for kind in kinds)],
+        ["latency (ms)", *(_number(_latency(latency, kind, kinds), "{:.3g}") for kind in kinds)],
     ]
     return [row for row in rows if any(row[1:])]
 
 
-def _latency(latency: Record, kind: str) -> float | None:
-    """Fine-tuning leaves it as it is; that of a quantized model is not known from it."""
-    found: float | None = latency.get("compressed" if kind == "finetuned" else kind)
-    return found
+def _latency(latency: Record, kind: str, kinds: list[str]) -> float | None:
+    """Fine-tuning leaves it as it is, quantizing does not: `bench` timed the model before it or after."""
+    quantized = latency.get("quantized_by") and "quantized" in kinds
+    timed = ("quantized",) if quantized else ("compressed", "finetuned")
+    found: float | None = latency.get("dense" if kind == "dense" else "compressed")
+    return found if kind in ("dense", *timed) else None
 
 
 def _divergences(record: Record, kinds: list[str]) -> list[list[str]]:

@@ -11,6 +11,7 @@ from hf_lowrank.allocation.budget import BUDGETS
 from hf_lowrank.compression.report import described
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.card import weights_bytes
+from hf_lowrank.folder.quantizers import in_words
 from hf_lowrank.folder.reading import low_rank_class, read_low_rank_config
 from hf_lowrank.folder.saving import read_record
 from hf_lowrank.folder.scores import WORDS
@@ -106,12 +107,12 @@ def _origin(record: Mapping[str, Any]) -> str:
 
 
 def _quantization(record: Mapping[str, Any]) -> list[str]:
-    how = record.get("quantization")
-    if not how:
+    how = in_words(record)
+    if how is None:
         return []
-    method = how.get("rounding", "nearest")
+    method = record["quantization"].get("rounding", "nearest")
     rounding = "to the nearest" if method == "nearest" else f"rounded with the moments of {method}"
-    return [f"quantized to {how['bits']} bits, {how['scheme']}, by {how['library']} {how['version']}, {rounding}"]
+    return [f"quantized to {how}, {rounding}"]
 
 
 def _scores(record: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a user asks for (bits, library, scheme) → whether it can be done: the quantizers, what each was seen to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -122,6 +122,22 @@ def described(quantization: Quantization, method: str | None = None) -> dict[str
         "rounding": "nearest" if method is None else method,
         "version": version(package),
     }
+
+
+def in_words(record: Mapping[str, Any]) -> str | None:
+    """How the model of a record was quantized; None of one that was not.
+
+    >>> how = {"bits": 8, "library": "compressed-tensors", "scheme": "weight-only", "version": "0.15.0"}
+    >>> in_words({"quantization": how})
+    '8 bits, weight-only, by compressed-tensors 0.15.0'
+    >>> in_words({"quantization": how, "bits": {"layer.0": 4, "layer.1": 8}})
+    '8 or 4 bits by layer, weight-only, by compressed-tensors 0.15.0'
+    """
+    how, chosen = record.get("quantization"), set(record.get("bits", {}).values())
+    if not how:
+        return None
+    bits = f"{' or '.join(map(str, sorted(chosen, reverse=True)))} bits by layer" if chosen else f"{how['bits']} bits"
+    return f"{bits}, {how['scheme']}, by {how['library']} {how['version']}"
 
 
 def _offered() -> str:

@@ -65,6 +65,9 @@ def test_it_goes_with_other_options(
     assert not [check for check in verify(tmp_path / "out") if check.status == "FAIL"]
     if "--bytes" in more:
         assert record["weights_bytes"] <= 50_000
+        assert (
+            "- quantized afterwards: 8 or 4 bits by layer, weight-only" in (tmp_path / "out" / "README.md").read_text()
+        )
     else:
         rest = ("--teacher", places / "model", "--task", "cola", "--data-dir", places / "cola")
         code, _, error = run(monkeypatch, capfd, "heal", tmp_path / "out", *rest, "--output", tmp_path / "again")
@@ -97,19 +100,22 @@ def test_saved_statistics_and_a_pipeline_give_the_same_codes(
 @pytest.mark.slow
 def test_two_processes_and_a_resumed_job_make_what_one_does(places: Path, tmp_path: Path) -> None:
     """From one measurement, in one shot: sums that processes divide are equal to rounding, and codes follow ties."""
+    measured, include = tmp_path / "measured", ("bert.encoder.layer.*", "bert.embeddings.word_embeddings")
     task = ["--task", "cola", "--data-dir", places / "cola", "--samples", 16]
-    measured = tmp_path / "measured"
-    Job(tmp_path / "log0", hf_lowrank, "statistics", places / "model", *task, "--output", measured).done()
-    four = ("--bits", 4, "--no-sequential", "--statistics", measured)
-    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
-    Job(tmp_path / "log1", hf_lowrank, *words(places, one, *four)).done()
-    Job(tmp_path / "log2", hf_lowrank, *words(places, two, *four, "--evaluate"), processes=2).done()
-    assert same(one, two)
-    job = Job(tmp_path / "log3", hf_lowrank, *words(places, resumed, *four))
+    wanted = [word for pattern in include for word in ("--include", pattern)]
+    Job(tmp_path / "log", hf_lowrank, "statistics", places / "model", *task, *wanted, "--output", measured).done()
+    rest = ("--no-sequential", "--statistics", measured)
+    for budget in (("--bits", 4), ("--bytes", "50KB")):
+        one, two = (tmp_path / f"{count}{budget[0]}" for count in (1, 2))
+        Job(tmp_path / "log1", hf_lowrank, *words(places, one, *budget, *rest)).done()
+        Job(tmp_path / "log2", hf_lowrank, *words(places, two, *budget, *rest, "--evaluate"), processes=2).done()
+        assert same(one, two)
+    resumed = words(places, tmp_path / "resumed", *budget, *rest)
+    job = Job(tmp_path / "log3", hf_lowrank, *resumed)
     job.until(tmp_path / "resumed.work" / "job.json").kill()
     job.wait()
-    Job(tmp_path / "log4", hf_lowrank, *words(places, resumed, *four, "--resume")).done()
-    assert same(one, resumed)
+    Job(tmp_path / "log4", hf_lowrank, *resumed, "--resume").done()
+    assert same(one, tmp_path / "resumed")
 
 
 def test_a_resumed_job_has_the_bits_that_it_began_with(

@@ -1,11 +1,14 @@
 """A budget in bytes: ranks and bits of every layer and of the embedding, in a file of that size."""
 
+import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_lowrank import CompressionConfig, LowRankError, compress, compute_statistics
 from hf_lowrank.allocation.stored import Stored, group_of
@@ -98,16 +101,32 @@ def test_more_bytes_lose_less() -> None:
 
 
 def test_what_is_possible_is_said_where_a_budget_is_not() -> None:
-    with pytest.raises(LowRankError, match=r"bytes 1,000 cannot be met: it must be between 0\.\d+MB"):
+    with pytest.raises(LowRankError, match=r"bytes 1,000 cannot be met: it must be between \d+,\d+ \("):
         small(tiny_bert(), 1000)
-    with pytest.raises(LowRankError, match="cannot be met"):
+    with pytest.raises(LowRankError, match="cannot be met") as told:
         small(tiny_bert(), "1GB")
+    least = int(re.findall(r"between ([\d,]+)", str(told.value))[0].replace(",", ""))
+    assert small(tiny_bert(), least)[1].bits
+    with pytest.raises(LowRankError, match="cannot be met"):
+        small(tiny_bert(), least - 1)
     with pytest.raises(LowRankError, match="was factorized before"):
         small(factorize(tiny_bert()), "20KB")
     for budget in (1000, "1GB"):  # and before anything is measured
         with pytest.raises(LowRankError, match="cannot be met"):
             check_possible(tiny_bert(), CompressionConfig("svd", bytes=budget, allocation="greedy"))
     check_possible(tiny_bert(), CompressionConfig("svd", bytes="36KB", allocation="greedy"))
+
+
+def test_experts_are_refused_in_a_line_and_can_be_left_out() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=2, num_key_value_heads=2, vocab_size=64))
+    config = CompressionConfig("svd", bytes="66KB", allocation="greedy")
+    with pytest.raises(
+        LowRankError, match=r"experts\.gate_up_proj\.0 is a layer of the kind expert, .* exclude it, or"
+    ):
+        check_possible(model, with_embeddings(model, config))
+    check_possible(model, with_embeddings(model, replace(config, exclude=("*experts*",))))
 
 
 def test_an_embedding_that_is_tied_is_left_out() -> None:

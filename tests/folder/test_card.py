@@ -99,6 +99,13 @@ def test_the_table_compares_dense_compressed_and_fine_tuned() -> None:
     assert "1 of its layers" in card  # the other one stayed dense
 
 
+def test_a_latency_stands_under_the_model_that_was_timed() -> None:
+    quantized = record(unquantized_bytes=30_600_000, score_finetuned=None, finetuning=None)
+    assert "| latency (ms) | 7.25 | 4.75 |  |" in render_card(quantized, "me/small")
+    quantized["latency"]["quantized_by"] = "torchao"
+    assert "| latency (ms) | 7.25 |  | 4.75 |" in render_card(quantized, "me/small")
+
+
 def test_scores_on_other_data_are_not_compared() -> None:
     other = DATA | {"data": "mine", "rows": 60, "digest": "fedcba9876543210"}
     card = render_card(record(scored_on={"dense": DATA, "compressed": DATA, "finetuned": other}), "me/small")

@@ -148,6 +148,7 @@ class BenchRecord:
             "compressed": round(largest.median(LOW), 3),
             "setup": f"batch {largest.batch} × {largest.length} tokens, {largest.phase}, {self.setup}",
             "machine": self.machine,
+            "quantized_by": self.quantized_by,
             "load_seconds": self.load_seconds,
             "cases": [case.to_dict(rounds=False) for case in self.cases],
         }
