@@ -11,6 +11,7 @@ from datasets.utils.logging import disable_progress_bar
 
 from benchmarks import (
     attention,
+    billion,
     blockwise,
     calibration,
     compiled,
@@ -62,6 +63,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "factorization": factorization.run,
     "memory": memory.run,
     "blockwise": blockwise.run,
+    "billion": billion.run,
     "scaling": scaling.run,
     "calibration": calibration.run,
     "attention": attention.run,
@@ -101,7 +103,7 @@ NEED_MODEL = (
     "shrink",
 )
 # Too long, for few machines, or with packages of their own:
-BY_NAME = ("blockwise", "engines", "mutation", "lm", "lm_bytes", "tokens", "gpu")
+BY_NAME = ("billion", "blockwise", "engines", "mutation", "lm", "lm_bytes", "tokens", "gpu")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -117,6 +119,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   factorization  ranks and factors against decomposing every layer once, 50M parameters   about a minute
   memory         peak memory of compress, in a process of its own                          about 2 minutes
   blockwise      peak memory of compress by blocks, Llamas of 8 to 64 blocks of width 1,024 about 30 minutes
+  billion        compress by blocks of a Llama of 1.1 billion weights under a limit of 3 GB about 40 minutes
   scaling        two processes against one                                                 about 2 minutes
   labels         labels of the data, drawn, and of the model, by three seeds; needs --model about 15 minutes for MiniLM
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
@@ -259,7 +262,11 @@ def _parser() -> argparse.ArgumentParser:
         "with bfloat16 instructions, several without",
     )
     parser.add_argument("--tokens", type=_positive, help="lm: tokens that it is trained on (default: 6 million)")
-    parser.add_argument("--cache", type=Path, help="lm: its text and its model (default: in Hugging Face's cache)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="lm: its text and its model (default: in Hugging Face's cache); blockwise, billion: what is done",
+    )
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument(
         "--method", action="append", choices=[*METHODS, lm.NARROW], help="lm: only this method; repeatable"

@@ -1,17 +1,20 @@
 """Random Llamas of several depths, compressed block by block from disk to disk → peak memory, and time.
 
 The shallowest is measured freely. The deeper ones run under a limit on the data that a process may have (RLIMIT_DATA:
-all private memory, without the cache of files) that is 5% above what the shallowest took: a regression fails.
+all private memory, without the cache of files) that is 5% above what the shallowest took: a regression fails. With a
+--cache what is done stays there: a run that was killed goes on, its figures being those of all its parts.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from benchmarks.memory import MEGABYTE, Peak
 from hf_lowrank import CompressionConfig, compress, compute_statistics
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.jobs.checkpoint import Work
+from hf_lowrank.jobs.files import write_json
 from hf_lowrank.model.blocks import blocks_on_disk
 from hf_lowrank.model.weightless import weightless
 from hf_lowrank.statistics.batches import Marks
@@ -36,11 +40,12 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": "0", 
 
 def run(options: Options) -> Result:
     """Peak memory at every depth, the last ones under the limit; and of the whole model at the smallest depth."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole = measured(Path(folder), DEPTHS[0], options.threads, whole=True)
-        found = {DEPTHS[0]: measured(Path(folder), DEPTHS[0], options.threads)}
+    with ExitStack() as stack:
+        folder = options.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        found = {DEPTHS[0]: measured(folder, DEPTHS[0], options.threads)}
+        whole = measured(folder, DEPTHS[0], options.threads, whole=True)
         limit = GROWTH * found[DEPTHS[0]]["data"]
-        found |= {depth: measured(Path(folder), depth, options.threads, limit) for depth in DEPTHS[1:]}
+        found |= {depth: measured(folder, depth, options.threads, limit) for depth in DEPTHS[1:]}
     rows = [row(str(depth), figures, found[DEPTHS[0]]) for depth, figures in found.items()]
     rows.append(row(f"{DEPTHS[0]}, whole in memory", whole, found[DEPTHS[0]]))
     notes = [
@@ -62,28 +67,28 @@ def row(name: str, figures: dict[str, float], first: dict[str, float]) -> Row:
     }
 
 
-def measured(
-    folder: Path,
-    depth: int,
-    threads: int,
-    limit: float = 0,
-    whole: bool = False,
-    width: int = WIDTH,
-    factors: bool = True,
-) -> dict[str, float]:
-    """The figures of one job, in a process of its own; without `factors`, of its statistics alone.
+def measured(folder: Path, depth: int, threads: int, limit: float = 0, whole: bool = False) -> dict[str, float]:
+    """The figures of one job, in a process of its own, or as they are in the folder already.
 
     Raises:
         CalledProcessError: it failed, for example under the limit.
     """
-    model = folder / f"llama-{depth}"
-    words = ["--depth", depth, "--folder", folder, "--threads", threads, "--limit", int(limit)]
-    words += ["--whole"] * whole + ["--statistics"] * (not factors)
-    if not (model / "config.json").is_file():
-        random_llama(depth, width, model)
-    command = [sys.executable, "-m", "benchmarks.blockwise", *map(str, words)]
-    answer = subprocess.run(command, env=os.environ | AT_ONCE, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(answer.stdout.splitlines()[-1])
+    model, name = folder / f"llama-{depth}", _name(depth, whole)
+    done = folder / f"{name}.json"
+    if not done.is_file():
+        if not (model / "config.json").is_file():
+            random_llama(depth, WIDTH, model)
+        words = ["--depth", depth, "--folder", folder, "--threads", threads, "--limit", int(limit)]
+        command = [sys.executable, "-m", "benchmarks.blockwise", *map(str, words), *["--whole"] * whole]
+        answer = subprocess.run(command, env=os.environ | AT_ONCE, stdout=subprocess.PIPE, text=True, check=True)
+        done.write_text(answer.stdout.splitlines()[-1])
+        for left in folder.glob(f"{name}*/"):
+            shutil.rmtree(left)
+    return json.loads(done.read_text())
+
+
+def _name(depth: int, whole: bool) -> str:
+    return f"{'whole' if whole else 'blocks'}-{depth}"
 
 
 def random_llama(depth: int, width: int, folder: Path, vocabulary: int = VOCABULARY) -> None:
@@ -96,32 +101,30 @@ def random_llama(depth: int, width: int, folder: Path, vocabulary: int = VOCABUL
     torch.set_default_dtype(torch.float32)
 
 
-def job(folder: Path, depth: int, whole: bool, factors: bool = True) -> dict[str, float]:
-    """Compress a Llama by the default, or only measure it; if it was begun in this folder, go on."""
+def job(folder: Path, depth: int, whole: bool) -> dict[str, float]:
+    """Compress a Llama by the default; if that was begun in this folder, go on."""
     name = folder / f"llama-{depth}"
-    output, work = (folder / f"{'whole' if whole else 'blocks'}-{depth}{ending}" for ending in ("", ".work"))
+    output, work = (folder / f"{_name(depth, whole)}{ending}" for ending in ("", ".work"))
     config = CompressionConfig()
     weights = sum(path.stat().st_size for path in name.glob("*.safetensors"))
-    with Peak(private, INTERVAL) as peak:
-        started, marks = time.process_time(), Marks()
+    with Peak(Spent(folder / f"{_name(depth, whole)}.spent"), INTERVAL) as peak:
+        marks = Marks()
         model = load(name, whole)
         batches = token_batches(model.config.vocab_size)
         kept = Work.open(work, {"depth": depth}, resume=True)
         measure = compute_statistics if whole else statistics_by_blocks
         rest: Any = {"labels": "model", "marks": marks, "work": kept, "progress": False}
         statistics = measure(model, batches, config.needs, **rest)
-        _tell("statistics", started, peak)
-        if factors:
-            model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
-            _tell("factors", started, peak)
-            save_compressed(model, None, report, output, True, torch.bfloat16)
-        seconds = time.process_time() - started
-    return {"weights": weights, "seconds": seconds, "blocks": depth, **peak.seen}
+        _tell("statistics", peak)
+        model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
+        _tell("factors", peak)
+        save_compressed(model, None, report, output, True, torch.bfloat16)
+    return {"weights": weights, "blocks": depth, **peak.seen}
 
 
-def _tell(what: str, started: float, peak: Peak) -> None:
-    figures = ", ".join(f"{name} {size / MEGABYTE:.0f} MiB" for name, size in peak.seen.items())
-    print(f"{what} after {time.process_time() - started:.0f} s, until then at most {figures}", file=sys.stderr)
+def _tell(what: str, peak: Peak) -> None:
+    figures = ", ".join(f"{name} {size / MEGABYTE:.0f} MiB" for name, size in peak.seen.items() if name != "seconds")
+    print(f"{what} after {peak.seen['seconds']:.0f} s of CPU, until then at most {figures}", file=sys.stderr)
 
 
 def load(name: Path, whole: bool) -> Any:
@@ -136,6 +139,27 @@ def token_batches(vocabulary: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
 
 
+class Spent:
+    """What this process has taken of memory and CPU, at most, with what is known of earlier ones that were killed.
+
+    It is kept in a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known = json.loads(path.read_text()) if path.is_file() else {}
+        self._earlier = self.known.get("seconds", 0.0) - time.process_time()
+        self._written = time.monotonic()
+
+    def __call__(self) -> dict[str, float]:
+        now = private() | {"seconds": self._earlier + time.process_time()}
+        self.known = {name: max(size, self.known.get(name, 0.0)) for name, size in now.items()}
+        if time.monotonic() > self._written + 1:
+            write_json(self.path, self.known)
+            self._written = time.monotonic()
+        return self.known
+
+
 def private() -> dict[str, float]:
     """The private memory of this process in bytes, resident and asked for."""
     words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
@@ -147,10 +171,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True)
     for option in ("--depth", "--threads", "--limit"):
         parser.add_argument(option, type=int, default=0)
-    for flag in ("--whole", "--statistics"):
-        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--whole", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads or 1)
     if given.limit:
         resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
-    print(json.dumps(job(given.folder, given.depth, given.whole, not given.statistics)))
+    print(json.dumps(job(given.folder, given.depth, given.whole)))

@@ -163,9 +163,9 @@ class LayerSolver:
         if self.statistics is None or name not in self.statistics.sums.get("drift", ()):
             return weight
         drift, tokens = self.statistics.mean("drift", name), self.statistics.mean("active_tokens", name).clamp_min(1)
-        drift = (drift / tokens).to(weight.device, torch.float64)
+        drift = (drift / tokens).to(weight.device)
         if (mean := self.mean_input(name)) is not None:
-            drift -= self._mean_drift(name, weight).outer(mean.to(weight.device))
+            drift = drift.double() - self._mean_drift(name, weight).outer(mean.to(weight.device))
         return objective.anchored(weight, drift)  # type: ignore[attr-defined]
 
     def _mean_change(self, name: str, weight: Tensor, delta: Tensor) -> Tensor | None:

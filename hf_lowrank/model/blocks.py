@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
+from accelerate.utils import OffloadedWeightsLoader, has_offloaded_params
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
@@ -78,14 +79,47 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
     parts: list[Any] = [p for module in modules for p in module.modules() if has_offloaded_params(p)]
     parts = list(dict.fromkeys(parts))
     try:
-        for part in parts:
-            part._hf_hook.pre_forward(part)
-            part._hf_hook.offload = False  # so that a call neither loads nor drops them
+        with _read_at_once(parts):
+            for part in parts:
+                part._hf_hook.pre_forward(part)
+                part._hf_hook.offload = False  # so that a call neither loads nor drops them
         yield
     finally:
         for part in parts:
             part._hf_hook.offload = True
             part._hf_hook.post_forward(part, None)
+
+
+@contextmanager
+def _read_at_once(parts: list[Any]) -> Iterator[None]:
+    """Within the block, what offloaded modules ask of weight files is there: every file is opened once."""
+    files: dict[str, list[tuple[OffloadedWeightsLoader, str]]] = {}
+    for loader, key in (entry for part in parts for entry in _in_files(part)):
+        files.setdefault(loader.index[key]["safetensors_file"], []).append((loader, key))
+    try:
+        for file, wanted in files.items():
+            with safe_open(file, "pt") as opened:
+                for loader, key in wanted:
+                    loader.state_dict[key] = _stored(opened, key, loader.index[key])
+        yield
+    finally:
+        for loader, key in (entry for wanted in files.values() for entry in wanted):
+            loader.state_dict.pop(key, None)
+
+
+def _in_files(part: Any) -> Iterator[tuple[OffloadedWeightsLoader, str]]:
+    """What knows of the parameters of an offloaded module that are in safetensors files, and by which keys."""
+    held = part._hf_hook.weights_map
+    loader = getattr(held, "dataset", None)
+    if isinstance(loader, OffloadedWeightsLoader):
+        for key in (f"{held.prefix}{name}" for name in part._parameters):
+            if key not in loader.state_dict and loader.index.get(key, {}).get("safetensors_file") is not None:
+                yield loader, key
+
+
+def _stored(opened: Any, key: str, entry: Mapping[str, str]) -> Tensor:
+    tensor = opened.get_tensor(entry.get("weight_name", key))
+    return tensor.to(getattr(torch, entry["dtype"])) if "dtype" in entry else tensor
 
 
 def dropped(model: nn.Module) -> None:

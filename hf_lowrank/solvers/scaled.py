@@ -1,8 +1,9 @@
 """Importance as a scaling of both sides of the weight: the best factors are a truncated SVD of the scaled weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.solvers.decomposition import Decomposition
 from hf_lowrank.solvers.factors import Factors
+from hf_lowrank.solvers.single import TOLERANCE, WIDE, distance, excess
 
 # Importance below this share of its mean counts as this share: a zero would forbid undoing the scaling.
 FLOOR = 1e-8
@@ -22,7 +24,10 @@ BLOCKS = 8
 
 
 class Scaling:
-    """An invertible matrix S, by which one side of a weight is multiplied. This one is the identity."""
+    """An invertible matrix S, by which one side of a weight is multiplied. This one is the identity.
+
+    `apply`, `square` and `regress` compute in the dtype of the matrix that they are given.
+    """
 
     def apply(self, matrix: Tensor) -> Tensor:
         """S @ matrix."""
@@ -70,7 +75,7 @@ class DiagonalScaling(Scaling):
         self.root = importance.double().clamp_min(floor).sqrt()[:, None]
 
     def apply(self, matrix: Tensor) -> Tensor:
-        return self.root * matrix
+        return self.root.to(matrix.dtype) * matrix
 
     def undo(self, matrix: Tensor) -> Tensor:
         return matrix / self.root
@@ -79,11 +84,11 @@ class DiagonalScaling(Scaling):
         return self.root * matrix
 
     def square(self, matrix: Tensor) -> Tensor:
-        return self.root.square() * matrix
+        return self.root.square().to(matrix.dtype) * matrix
 
     def regress(self, matrix: Tensor, ridge: float) -> Tensor:
         importance = self.root.square()
-        return matrix / (importance + ridge * importance.mean())
+        return matrix / (importance + ridge * importance.mean()).to(matrix.dtype)
 
     def power(self, size: int) -> Tensor:
         return self.root.square().sum()
@@ -126,8 +131,8 @@ class WhiteningScaling(Scaling):
         return _cholesky(self.moment, self.damping, self.mean).T
 
     def apply(self, matrix: Tensor) -> Tensor:
-        blocks = _row_blocks(len(matrix))  # left of the diagonal are zeros
-        return torch.cat([self.upper[start:end, start:] @ matrix[start:] for start, end in blocks])
+        blocks, upper = _row_blocks(len(matrix)), self.upper.to(matrix.dtype)  # left of the diagonal are zeros
+        return torch.cat([upper[start:end, start:] @ matrix[start:] for start, end in blocks])
 
     def undo(self, matrix: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.upper, matrix.to(self.upper.dtype), upper=True)
@@ -137,12 +142,12 @@ class WhiteningScaling(Scaling):
         return torch.cat([self.upper[:end, start:end].T @ matrix[:end] for start, end in blocks])
 
     def square(self, matrix: Tensor) -> Tensor:
-        return self.moment @ matrix.to(self.moment.dtype)
+        return self.moment.to(matrix.dtype) @ matrix
 
     def regress(self, matrix: Tensor, ridge: float) -> Tensor:
-        moment = self.moment.clone()
+        moment = self.moment.to(matrix.dtype, copy=True)
         moment.diagonal().add_(ridge * self.mean)
-        return torch.cholesky_solve(matrix.to(moment), _cholesky(moment, ridge, self.mean))
+        return torch.cholesky_solve(matrix, _cholesky(moment, ridge, self.mean))
 
     def power(self, size: int) -> Tensor:
         return self.moment.diagonal().sum()
@@ -158,7 +163,7 @@ class RotatedScaling(Scaling):
         self.scaling, self.rotation = scaling, rotation.double()
 
     def apply(self, matrix: Tensor) -> Tensor:
-        return self.scaling.apply(self.rotation.T @ matrix)
+        return self.scaling.apply(self.rotation.T.to(matrix.dtype) @ matrix)
 
     def undo(self, matrix: Tensor) -> Tensor:
         return self.rotation @ self.scaling.undo(matrix)
@@ -167,7 +172,8 @@ class RotatedScaling(Scaling):
         return self.rotation @ self.scaling.adjoint(matrix)
 
     def square(self, matrix: Tensor) -> Tensor:
-        return self.rotation @ self.scaling.square(self.rotation.T @ matrix.double())
+        rotation = self.rotation.to(matrix.dtype)
+        return rotation @ self.scaling.square(rotation.T @ matrix)
 
     def power(self, size: int) -> Tensor:
         return self.scaling.power(size)
@@ -197,7 +203,7 @@ class Scaled:
 
     def error(self, delta: Tensor) -> Tensor:
         """‖L Δ Rᵀ‖²_F of a `delta` [out, in], a scalar."""
-        half, whole = self._scaled(delta)[1:]
+        half, whole = self._scaled(delta.double())[1:]
         return (half * whole).sum()
 
     def mass(self, shape: tuple[int, int]) -> Tensor:
@@ -207,26 +213,23 @@ class Scaled:
 
     def spectrum(self, weight: Tensor) -> Tensor:
         """The squared singular values of L W Rᵀ [min(out, in)], largest first."""
-        _, half, whole = self._scaled(weight)
-        return torch.linalg.eigvalsh(lower_product(whole, half), UPLO="L").flip(0).clamp_min(0)
+        rows, columns = weight.shape
+        return self._worth(weight, rows * columns // (rows + columns), vectors=False)[0]
 
     def factorize(self, weight: Tensor, rank: int) -> Factors:
         """The best factors of `weight` [out, in] at `rank`, computed in float64."""
-        shorter, half, whole = self._scaled(weight)
+        shorter, half, whole = self._scaled(weight.double())
         leading = _leading(lower_product(whole, half), rank)
         left, right = shorter.undo(leading), leading.T @ half
         return Factors(left, right) if weight.shape[0] <= weight.shape[1] else Factors(right.T, left.T)
 
     def decompose(self, weight: Tensor, most: int) -> Decomposition:
-        """The worth of all directions of `weight` [out, in], and the first `most` of them, computed in float64."""
-        shorter, half, whole = self._scaled(weight)
-        gram = lower_product(whole, half)
-        del half, whole
-        values, vectors = torch.linalg.eigh(gram, UPLO="L")  # ascending
-        leading = vectors[:, -most:].flip(1)
+        """The worth of all directions of `weight` [out, in], and the first `most` of them."""
+        worth, vectors = self._worth(weight, most)
+        shorter, leading = self._sides(weight.shape)[0], vectors[:, -most:].flip(1).double()
         outputs, inputs = self.left.diagonal(weight.shape[0]), self.right.diagonal(weight.shape[1])
         span, dual = shorter.undo(leading).float(), shorter.adjoint(leading).float()
-        return Decomposition(values.flip(0).clamp_min(0), span, dual, outputs.to(values), inputs.to(values))
+        return Decomposition(worth, span, dual, outputs.to(worth), inputs.to(worth))
 
     def two_sided(self) -> "Scaled":
         """These scalings: what every objective can be asked for."""
@@ -238,18 +241,66 @@ class Scaled:
         Of x′ the right scaling is the whitening, SᵀS = A′ = E x′ x′ᵀ, damped, and `drift` [in, in] is E (x − x′) x′ᵀ:
         the least of E‖W x − V x′‖² + λ‖W − V‖², with any scaling of outputs, is at V = W + W drift (A′ + λ I)⁻¹: a
         ridge regression on all inputs, with λ as `RIDGE` says. From there on the error of U D is that of the change
-        V − U D, and what cannot be undone.
+        V − U D, and what cannot be undone. Wide layers in float32, which λ keeps well-conditioned.
         """
-        weight = weight.double()
-        return weight + self.right.regress((weight @ drift.to(weight)).T, RIDGE).T
+        dtype = torch.float32 if min(weight.shape) >= WIDE else torch.float64
+        change = self.right.regress((weight.to(dtype) @ drift.to(weight.device, dtype)).T, RIDGE).T
+        return weight.double() + change
+
+    def _worth(self, weight: Tensor, most: int, vectors: bool = True) -> tuple[Tensor, Tensor]:
+        """The eigenvalues [m] of the Gram matrix of the scaled weight, largest first, and its vectors, largest last.
+
+        From a width of `WIDE` on in float32, where that decides as well about the first `most` (see `excess`).
+        """
+        if min(weight.shape) >= WIDE:
+            with suppress(torch.linalg.LinAlgError):  # of what is beyond the range of float32
+                worth, basis, gram = self._eigen(weight.float(), vectors)
+                found = partial(_product, worth.flip(0), basis) if vectors else _symmetric(gram).matmul
+                error = distance(found, partial(self._gram_times, weight.double()), gram)
+                if excess(worth, most, error) <= TOLERANCE:
+                    return worth, basis
+        return self._eigen(weight.double(), vectors)[:2]
+
+    def _eigen(self, weight: Tensor, vectors: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_worth`, in the dtype of the weight, and the lower triangle of the Gram matrix [m, m]."""
+        _, half, whole = self._scaled(weight)
+        gram = lower_product(whole, half)
+        del half, whole
+        values, basis = torch.linalg.eigh(gram, UPLO="L") if vectors else (torch.linalg.eigvalsh(gram, UPLO="L"), gram)
+        return values.flip(0).clamp_min(0).double(), basis, gram
+
+    def _gram_times(self, weight: Tensor, vectors: Tensor) -> Tensor:
+        """The Gram matrix of the scaled weight [out, in] @ vectors [m, n], without it."""
+        shorter, longer = self._sides(weight.shape)
+        matrix = _turned(weight)
+        return shorter.apply(matrix @ longer.square(matrix.T @ shorter.adjoint(vectors)))
+
+    def _sides(self, shape: Sequence[int]) -> tuple[Scaling, Scaling]:
+        """The scalings of the shorter and of the longer side of a weight of `shape` (out, in)."""
+        return (self.right, self.left) if shape[0] > shape[1] else (self.left, self.right)
 
     def _scaled(self, matrix: Tensor) -> tuple[Scaling, Tensor, Tensor]:
         """The shorter side's scaling S, S M and S M Tᵀ T [shorter, longer], for a matrix M turned that way."""
-        matrix = matrix.double()
-        tall = matrix.shape[0] > matrix.shape[1]
-        shorter, longer = (self.right, self.left) if tall else (self.left, self.right)
-        half = shorter.apply(matrix.T if tall else matrix)
+        shorter, longer = self._sides(matrix.shape)
+        half = shorter.apply(_turned(matrix))
         return shorter, half, longer.square(half.T).T
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """Its transpose, if it is higher than wide."""
+    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _product(values: Tensor, basis: Tensor, vectors: Tensor) -> Tensor:
+    """A symmetric matrix [m, m] by its eigenvalues and eigenvectors @ vectors [m, n]."""
+    basis = basis.double()
+    return basis @ (values[:, None] * (basis.T @ vectors))
+
+
+def _symmetric(lower: Tensor) -> Tensor:
+    """In float64, a symmetric matrix [m, m] of which the lower triangle is known."""
+    lower = lower.double()
+    return lower.tril() + lower.tril(-1).T
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

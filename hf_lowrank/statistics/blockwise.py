@@ -6,6 +6,7 @@ again from what the block before it gave, and dropped: neither the model nor its
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hf_lowrank.model.weights import is_sharded, unwrapped
 from hf_lowrank.statistics.batches import Batch, Marked, Marks, Split
 from hf_lowrank.statistics.collect import COUNTED, _check_finite, _everywhere, _Part, _Pass, _settled, not_separable
 from hf_lowrank.statistics.container import Statistics
-from hf_lowrank.statistics.hooks import measuring
+from hf_lowrank.statistics.hooks import Recorder, measuring
 from hf_lowrank.statistics.kept_sums import Kept, KeptSums
 from hf_lowrank.statistics.labels import Labels, Losses, labels_of
 from hf_lowrank.statistics.losses import NotSeparable
@@ -168,7 +169,8 @@ class _Planned(_Pass):
 
     def _probe(self, parts: list[_Part], losses_of: Losses) -> dict[str, Tensor]:
         rows: dict[str, Tensor] = {}
-        with tempfile.TemporaryDirectory(prefix="hf_lowrank-") as folder:
+        still = measuring(self.model, {}, Recorder())
+        with tempfile.TemporaryDirectory(prefix="hf_lowrank-") as folder, still:
             steps = _Steps(self.owner.model, self.owner.chain, parts, losses_of, Store(Path(folder)))
             steps.forward(lambda: None)
             for number in reversed(range(len(steps.chain.blocks) + 1)):
@@ -182,7 +184,10 @@ class _Planned(_Pass):
 
 @dataclass
 class _Steps:
-    """Samples on their way through the blocks and back; what every block gives, and its gradient, is in `kept`."""
+    """Samples on their way through the blocks and back; what every block gives, and its gradient, is in `kept`.
+
+    The model is to be in evaluation mode without parameter gradients, as within `measuring`.
+    """
 
     model: PreTrainedModel
     chain: Chain
@@ -194,7 +199,7 @@ class _Steps:
         """Run all samples through all blocks, but for what is kept already."""
         for number, block in enumerate(self.chain.blocks):
             left = [n for n in range(len(self.parts)) if not self.kept.path(f"out-{number}-{n}").is_file()]
-            with measuring(self.model, {}, _nobody(self.model).recorder), loaded(self.model.get_submodule(block)):
+            with loaded(self.model.get_submodule(block)):
                 for n in left:
                     with undivided(), torch.no_grad():
                         self._save(f"out-{number}-{n}", tensors_of(self._run(number, n, self._given(number, n))))
@@ -208,8 +213,11 @@ class _Steps:
         by part.
         """
         active: list[dict[str, Tensor]] = []
-        blocks = self.chain.blocks[number : number + 1]
-        with measuring(self.model, run.targets, run.recorder), loaded(*map(self.model.get_submodule, blocks)):
+        blocks = [self.model.get_submodule(block) for block in self.chain.blocks[number : number + 1]]
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(measuring(block, run.targets, run.recorder))
+            stack.enter_context(loaded(*blocks))
             for n, part in enumerate(self.parts):
                 with undivided():
                     losses = self._back(number, n, run)
@@ -296,11 +304,6 @@ def _device(batch: Batch) -> torch.device:
     return next(value.device for value in batch.values() if isinstance(value, Tensor))
 
 
-def _nobody(model: PreTrainedModel) -> _Pass:
-    """A pass that measures nothing."""
-    return _Pass(model, False, {}, {}, (), None, None, labels_of("data"))
-
-
 class _ThereAndBack:
     """One pass over the samples: forward through all blocks, and back, each block's sums being kept when it is done."""
 
@@ -324,10 +327,11 @@ class _ThereAndBack:
         numbers = range(len(self.chain.blocks))
         finished = on_main(lambda: sorted(self.sums.names())) if self.kept.shared else []
         left = [number for number in reversed(numbers) if _done(number) not in finished]
-        if left:
-            self._head(shown)
-        for number in left:
-            self._block(number, shown)
+        with measuring(self.samples.model, {}, Recorder()):
+            if left:
+                self._head(shown)
+            for number in left:
+                self._block(number, shown)
         if self.marks is not None:
             self._mark()
         return self._result()

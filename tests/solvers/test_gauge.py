@@ -134,7 +134,10 @@ def test_without_moments_flat_is_balanced_and_rotated() -> None:
 def test_rounding_of_the_inner_activations_costs_far_less() -> None:
     scaled = sides()
     factors = factors_of(scaled)
-    x = torch.randn(4000, IN, dtype=torch.float64) @ torch.linalg.cholesky(scaled.right.square(torch.eye(IN))).T
+    x = (
+        torch.randn(4000, IN, dtype=torch.float64)
+        @ torch.linalg.cholesky(scaled.right.square(torch.eye(IN, dtype=torch.float64))).T
+    )
 
     def lost(chosen: Factors) -> torch.Tensor:
         z = x @ chosen.down.double().T
@@ -202,7 +205,7 @@ def test_the_two_sides_of_a_rotated_objective_are_those_before_the_rotation() ->
     scaled, delta = objective.two_sided(), torch.randn(OUT, IN)
     torch.testing.assert_close(scaled.error(delta), objective.error(delta), rtol=1e-4, atol=1e-6)
     for side, size in ((scaled.left, OUT), (scaled.right, IN)):
-        square = side.square(torch.eye(size))
+        square = side.square(torch.eye(size, dtype=torch.float64))
         torch.testing.assert_close(side.diagonal(size), square.diagonal())
         torch.testing.assert_close(
             side.undo(side.apply(delta.double()[:1].new_ones(size, 1))).sum(), torch.tensor(float(size)).double()
