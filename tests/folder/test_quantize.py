@@ -1,7 +1,6 @@
 """quantize: an ordinary folder of fewer bits, by the libraries that people load it with, and nothing else lost."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +29,8 @@ from hf_lowrank.studies.bench import BenchConfig, bench
 from hf_lowrank.studies.bench.measure import operations, weight_bytes
 from hf_lowrank.training.similarity import shared_neighbours
 from tests.helpers import HIDDEN, outputs, tiny_bert, tiny_llama, token_ids
-from tests.launches import QUIET
+from tests.hub_client import Client, environment
+from tests.loopback_hub import LoopbackHub
 from tests.tasks.test_kinds import bart
 from tests.tiny_task import WORDS, write_encoder
 
@@ -337,7 +337,9 @@ def test_a_library_that_is_absent_is_named_with_its_extra(library: str, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_a_quantized_folder_of_sentence_transformers_keeps_its_neighbours(tmp_path: Path) -> None:
+def test_a_quantized_folder_of_sentence_transformers_keeps_its_neighbours_and_is_pushed(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     needs("compressed-tensors")
     pytest.importorskip("sentence_transformers")
     from sentence_transformers import SentenceTransformer
@@ -358,13 +360,17 @@ def test_a_quantized_folder_of_sentence_transformers_keeps_its_neighbours(tmp_pa
     with pytest.raises(LowRankError, match="cannot run a dense model that compressed-tensors has packed: compress it"):
         quantize_folder(tmp_path / "dense", tmp_path / "dense8", Quantization(8))
     assert not (tmp_path / "dense8").exists()
-    np.save(tmp_path / "expected.npy", found)
-    code = f"""
-import sys
-sys.modules["hf_lowrank"] = None
+    quantize_folder(tmp_path / "small", tmp_path / "small4", Quantization(4))
+    np.save(tmp_path / "expected.npy", SentenceTransformer(str(tmp_path / "small4"), device="cpu").encode(texts))
+    homes = [tmp_path_factory.mktemp("home") for _ in range(2)]
+    with LoopbackHub(tmp_path_factory.mktemp("hub"), {"hf_secret": ("alice", "write")}) as hub:
+        settings = [environment(hub.url, home, "hf_secret") for home in homes]
+        with Client(settings[0], tmp_path, library=True) as client:
+            assert client.command("push", "small4", "alice/small4", "--json").code == 0
+        with Client(settings[1], tmp_path, library=False) as bare:
+            bare.done(f"""
 import numpy as np
 from sentence_transformers import SentenceTransformer
-model = SentenceTransformer("small8", device="cpu", trust_remote_code=True)
+model = SentenceTransformer("alice/small4", device="cpu", trust_remote_code=True)
 np.testing.assert_allclose(model.encode({texts!r}), np.load("expected.npy"), atol=1e-5)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | QUIET)
+""")
