@@ -47,7 +47,6 @@ from benchmarks import (
     truncated_svd,
 )
 from benchmarks.harness import Options, Result, machine_facts
-from hf_lowrank import METHODS
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.tasks import TASKS
 
@@ -136,7 +135,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   gauge          what rounding to int8 and int4 costs, by gauge; needs --model             about 20 minutes for MiniLM
   heal           scores before and after healing, and its cost; needs --model              about 25 minutes for MiniLM
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
-  lm             a small Llama, trained here by lm --train, compressed by every method     an hour each
+  lm             a small Llama, trained here by lm --train, made smaller in every way       an hour each
   lm_bytes       the same model in 8 and 4 bits, dense and low rank, and within bytes   about 15 minutes
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
@@ -269,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument(
-        "--method", action="append", choices=[*METHODS, lm.NARROW], help="lm: only this method; repeatable"
+        "--method", action="append", choices=lm.ORDER, metavar="NAME", help=f"lm: only this of {', '.join(lm.ORDER)}"
     )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

@@ -1,9 +1,9 @@
-"""The language model of `lm_train` compressed by every method → perplexity, next-token accuracy and KL to dense."""
+"""The language model of `lm_train` made smaller in every way → perplexity, next-token accuracy and KL to dense."""
 
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -13,52 +13,92 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Options, Result, Row
+from benchmarks.basis_sharing import basis_sharing
+from benchmarks.harness import Lines, Options, Result, Row
 from benchmarks.lm_text import Windows, prepare
 from benchmarks.lm_train import Recipe, cache_folder, train, trained
+from benchmarks.modegpt import modegpt
+from benchmarks.searched_ranks import profile
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
-from hf_lowrank.compression.narrow import LAYERS, NEEDS, narrow
+from hf_lowrank.allocation import Profile
+from hf_lowrank.compression.narrow import narrow
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets
+from hf_lowrank.statistics.batches import Marked, Marks
 from hf_lowrank.statistics.names import passes
 
-SHARES = (0.9, 0.8, 0.6, 0.4)  # of the parameters of the blocks that are kept
+SHARES = (0.9, 0.8, 0.6, 0.4, 0.2)  # of the parameters of the blocks that are kept
+FIRST = (0.8, 0.6, 0.4)  # which of these are measured before the others
 SEEDS = (0, 1, 2)
 SAMPLES, TESTED, BATCH = 128, 64, 8  # windows for the statistics, windows that are scored, and windows at a time
 
-NARROW = "narrow"  # no method: fewer inner channels of MLPs (MoDeGPT's way with them), the model a plain one
-
 Figures = dict[str, float]
+
+# What is no method with its defaults: the settings that a method has instead, or whose way it is, in a file of its own.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kfac-one-shot": {"method": "kfac", "sequential": False},
+    "whiten-greedy": {"method": "whiten", "allocation": "greedy"},
+    "whiten-sequential": {"method": "whiten", "sequential": True},
+    "whiten-sequential-greedy": {"method": "whiten", "allocation": "greedy", "sequential": True},
+    "kfac-searched": {"method": "kfac", "allocation": "knapsack"},
+}
+NARROW, MODEGPT, SHARING = "narrow", "modegpt", "basis-sharing"
+RIVALS = (NARROW, MODEGPT, SHARING)
+
+# In this order: those that decide, then those that tell where something comes from or take minutes a model, one seed.
+ORDER = (
+    *("kfac", "whiten", "svd", "asvd", "kfac-one-shot", "modegpt", "fwsvd", "narrow", "whiten-diag", "basis-sharing"),
+    *("tfwsvd", "whiten-greedy", "whiten-sequential-greedy", "whiten-sequential", "kfac-searched", "fwsvd2"),
+    *("gfwsvd", "ekfac"),
+)
+LATE = ORDER[ORDER.index("whiten-greedy") :]
+ONE_SEED = ("svd", "tfwsvd", *LATE)
 
 
 def run(options: Options) -> Result:
-    """Train the model, if asked to; else a row for each method, over seeds, as far as they are in the cache or made."""
+    """Train the model, if asked to; else a row for each way, over seeds, as far as they are in the cache or made."""
     folder, recipe = cache_folder(options.cache), Recipe()
     recipe = recipe if options.tokens is None else Recipe(tokens=options.tokens)
     if options.train:
         model = train(folder, recipe)
         return Result("lm: the trained model", [{"folder": str(model), "tokens": f"{trained(folder)[1]:,}"}])
     study = Study(folder, recipe)
-    methods = [name for name in (*METHODS, NARROW) if options.methods is None or name in options.methods]
-    with bar("lm", len(methods) * len(SHARES) * len(SEEDS), "models") as shown:
-        for seed in SEEDS:
-            for method in methods:
-                for share in SHARES:
-                    study.figures(method, share, seed)
-                    shown.update()
+    ways = [way for way in ORDER if options.methods is None or way in options.methods]
+    wanted = _in_order(ways)
+    with bar("lm", len(wanted), "models") as shown:
+        for which in wanted:
+            study.figures(*which)
+            shown.update()
     dense = study.dense_figures
-    rows = [_row(study, name) for name in methods]
     return Result(
         f"lm: a Llama of {study.model.num_parameters():,} parameters after {study.tokens / 1e6:.1f}M tokens of Python; "
         f"dense perplexity {dense['perplexity']:.2f}, accuracy {dense['accuracy']:.2%}",
-        rows,
+        [_row(study, way) for way in ways],
         [
             "Nats added to the loss, and in brackets KL to dense, on packages held out, by the share of the blocks' "
             f"parameters kept: means ± standard deviations over calibration seeds {', '.join(map(str, SEEDS))} of "
-            f"{SAMPLES} windows of {recipe.length} tokens of the training text. {TESTED} windows are scored.",
+            f"{SAMPLES} windows of {recipe.length} tokens of the training text; without ±: one seed. {TESTED} windows "
+            "are scored.",
         ],
         {"dense": dense, "tokens": study.tokens, "all": list(study.known.values())},
     )
+
+
+def _in_order(ways: Sequence[str]) -> list[tuple[str, float, int]]:
+    """What is measured, each way at each share with each seed, what decides first."""
+    every = [(way, share, seed) for seed in SEEDS for way in ways for share in SHARES]
+    wanted = [(way, share, seed) for way, share, seed in every if seed in seeds_of(way) and share >= least_of(way)]
+    return sorted(wanted, key=lambda which: (which[0] in LATE, which[1] not in FIRST))
+
+
+def seeds_of(way: str) -> tuple[int, ...]:
+    """The calibration seeds that a way is measured with."""
+    return SEEDS[:1] if way in ONE_SEED else SEEDS
+
+
+def least_of(way: str) -> float:
+    """The least share of the parameters that a way can leave: narrower MLPs leave the attention's."""
+    return 0.4 if way == NARROW else 0.0
 
 
 class Study:
@@ -78,32 +118,54 @@ class Study:
         self.known = {tuple(line["of"]): line for line in self._lines()}
         self.dense_figures, self.dense = self._compared(self.model, None)
 
-    def figures(self, method: str, share: float, seed: int) -> Figures:
-        """What a model compressed so says of the held-out text."""
-        key = (method, share, seed)
+    def figures(self, way: str, share: float, seed: int) -> Figures:
+        """What a model made smaller so says of the held-out text."""
+        key = (way, share, seed)
         if key not in self.known:
             started = time.process_time()
-            small = self._narrow(share, seed) if method == NARROW else self._factorized(method, share, seed)
+            small, kept = self._smaller(way, share, seed)
             seconds = time.process_time() - started
             figures, _ = self._compared(small, self.dense)
-            gone = self.model.num_parameters() - small.num_parameters()
-            self.known[key] = {"of": key, "kept": 1 - gone / self.targeted, "seconds": seconds, **figures}
+            self.known[key] = {"of": key, "kept": kept / self.targeted, "seconds": seconds, **figures}
             with (self.folder / "models.jsonl").open("a") as log:
                 log.write(json.dumps(self.known[key]) + "\n")
         return self.known[key]
 
-    def _factorized(self, method: str, share: float, seed: int) -> PreTrainedModel:
-        config = CompressionConfig(method, keep=share)
-        rest: dict[str, Any] = {"progress": False, "batches": self.calibration(seed)}
-        return compress(copy.deepcopy(self.model), config, self._statistics(config, seed), **rest)[0]
+    def _smaller(self, way: str, share: float, seed: int) -> tuple[PreTrainedModel, int]:
+        """The model, and how many parameters it has where it had those of its targeted layers."""
+        if way == MODEGPT:
+            return modegpt(copy.deepcopy(self.model), self._moments(seed), share)
+        if way == SHARING:
+            return basis_sharing(copy.deepcopy(self.model), self._moments(seed), share)
+        settings = VARIANTS.get(way, {"method": way})
+        small = self._narrow(share, seed) if way == NARROW else self._factorized(settings, share, seed)
+        return small, self.targeted - (self.model.num_parameters() - small.num_parameters())
+
+    def _factorized(self, settings: dict[str, Any], share: float, seed: int) -> PreTrainedModel:
+        config = CompressionConfig(**settings, keep=share)
+        statistics = self._statistics(config, seed)
+        found = self._profile(config, statistics, seed) if config.allocation == "knapsack" else None
+        rest: dict[str, Any] = {"progress": False, "profile": found, "batches": self.marks(seed)}
+        return compress(copy.deepcopy(self.model), config, statistics, **rest)[0]
 
     def _narrow(self, share: float, seed: int) -> PreTrainedModel:
         """Narrower MLPs, and all else as it was, at the share of all parameters of the blocks."""
         width = self.model.config.intermediate_size
         inside = sum(target.module.weight.numel() for name, target in self.targets.items() if ".mlp." in name)
-        kept = round(width * (1 - (1 - share) * self.targeted / inside))
-        measured = compute_statistics(self.model, self.calibration(seed), NEEDS, include=LAYERS, progress=False)
-        return narrow(copy.deepcopy(self.model), measured, max(1, kept))
+        kept = int(width * (1 - (1 - share) * self.targeted / inside))
+        return narrow(copy.deepcopy(self.model), self._moments(seed), max(1, kept))
+
+    def _moments(self, seed: int) -> Statistics:
+        """The second moments of all inputs, as `whiten` needs them."""
+        statistics = self._statistics(CompressionConfig("whiten"), seed)
+        assert statistics is not None
+        return statistics
+
+    def _profile(self, config: CompressionConfig, statistics: Statistics | None, seed: int) -> Profile:
+        """What layers lose on the first windows that statistics are of."""
+        assert statistics is not None
+        lines = Lines(self.folder / f"profile-{config.method}-{seed}.jsonl")
+        return profile(self.model, config, statistics, self.calibration(seed, SAMPLES)[0]["input_ids"], lines)
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         log = self.folder / "models.jsonl"
@@ -116,7 +178,7 @@ class Study:
         labels, several = METHODS[config.method].labels, len(passes(config.needs)) > 1
         place = self.folder / f"statistics-{config.method if several else labels}-{seed}"
         if not place.is_dir():
-            alike = [CompressionConfig(name).needs for name, method in METHODS.items() if method.labels == labels]
+            alike = [method.needs_for(True) for method in METHODS.values() if method.labels == labels]
             kinds = [config.needs] if several else [needs for needs in alike if len(passes(needs)) == 1]
             needs = list(dict.fromkeys(need for group in kinds for need in group))
             compute_statistics(self.model, self.calibration(seed), needs, labels=labels).save(place)
@@ -128,6 +190,15 @@ class Study:
         chosen = np.random.default_rng(seed).choice(len(windows), min(samples, len(windows)), replace=False)
         ids = torch.stack([windows[number]["input_ids"] for number in chosen])
         return [{"input_ids": part, "labels": part} for part in ids.split(BATCH)]
+
+    def marks(self, seed: int) -> Marks:
+        """The same, with the tokens that count: of a window all but the last, which predicts nothing."""
+        marks = Marks()
+        for batch in self.calibration(seed):
+            active = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+            active[:, -1] = False
+            marks.append(Marked(batch, dict.fromkeys(self.targets, active)))
+        return marks
 
     @torch.inference_mode()
     def _compared(self, model: PreTrainedModel, dense: list[Tensor] | None) -> tuple[Figures, list[Tensor]]:
@@ -147,13 +218,14 @@ class Study:
         return {**figures, "perplexity": float(np.exp(figures["loss"]))}, kept
 
 
-def _row(study: Study, method: str) -> Row:
-    row = {"method": method}
+def _row(study: Study, way: str) -> Row:
+    row = {"way": way, **dict.fromkeys((f"{share:.0%} kept" for share in SHARES), "–")}
     for share in SHARES:
-        found = [study.figures(method, share, seed) for seed in SEEDS]
+        if share < least_of(way):
+            continue
+        found = [study.figures(way, share, seed) for seed in seeds_of(way)]
         added = [figures["loss"] - study.dense_figures["loss"] for figures in found]
-        far, right = fmean(each["divergence"] for each in found), fmean(each["accuracy"] for each in found)
-        row[f"{share:.0%} kept"] = (
-            f"{fmean(added):+.4f} ± {stdev(added) if len(added) > 1 else 0:.4f} ({far:.4f}), {right:.1%}"
-        )
+        far, right = (fmean(figures[kind] for figures in found) for kind in ("divergence", "accuracy"))
+        spread = f" ± {stdev(added):.4f}" if len(added) > 1 else ""
+        row[f"{share:.0%} kept"] = f"{fmean(added):+.4f}{spread} ({far:.4f}), {right:.1%}"
     return row

@@ -1,6 +1,7 @@
 """The benchmark's language model: its text, its training after an interruption, and what is measured of it."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import lm, lm_train, tokens
+from benchmarks.basis_sharing import basis_sharing
 from benchmarks.harness import Options
 from benchmarks.lm_text import Corpus, Windows, prepare
 from benchmarks.lm_train import Recipe, train, trained
+from benchmarks.modegpt import Widths, _rows, modegpt
 from benchmarks.models import LlamaShape
 from hf_lowrank import compute_statistics
 from hf_lowrank.errors import LowRankError
+from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics.kinds import KINDS
+from hf_lowrank.statistics.prefix import marked_batches
 from tests.helpers import tiny_llama
 
 CORPUS = Corpus(training=("jinja2",), held_out=("joblib",), vocabulary=300, sample=20_000)
@@ -84,12 +89,14 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     train(tmp_path, RECIPE, minutes=0, progress=False)
     monkeypatch.setattr(lm, "Recipe", lambda: RECIPE)
     monkeypatch.setattr(lm, "SEEDS", (0,))
-    options = Options(cache=tmp_path, methods=("svd", "kfac", "narrow"))
+    options = Options(cache=tmp_path, methods=("svd", "kfac", "kfac-searched", *lm.RIVALS))
     result = lm.run(options)
-    assert [row["method"] for row in result.rows] == ["svd", "kfac", "narrow"]
+    assert [row["way"] for row in result.rows] == ["kfac", "svd", "modegpt", "narrow", "basis-sharing", "kfac-searched"]
+    assert [row["20% kept"] == "–" for row in result.rows] == [False] * 3 + [True] + [False] * 2
     study = lm.Study(tmp_path, RECIPE)
     for share in lm.SHARES:
         assert study.known["kfac", share, 0]["kept"] <= share
+        assert study.known["kfac-searched", share, 0]["kept"] <= share
     assert study.known["narrow", 0.8, 0]["kept"] == pytest.approx(0.8, abs=0.02)
     # By hand: the mean over the tokens of all windows
     ids = torch.stack(study.test)
@@ -99,7 +106,7 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     assert study.dense_figures["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
     assert study.dense_figures["accuracy"] == pytest.approx(float((logits.argmax(-1) == ids[:, 1:]).float().mean()))
     made = {path.name for path in (tmp_path / f"measured-{RECIPE.tokens}").iterdir()}
-    assert made == {"models.jsonl", "statistics-model-0"}
+    assert made == {"models.jsonl", "statistics-model-0", "statistics-data-0", "profile-kfac-0.jsonl"}
     assert study.known["svd", 0.4, 0]["divergence"] > study.known["svd", 0.9, 0]["divergence"] > 0
 
 
@@ -131,3 +138,59 @@ def test_moments_are_of_the_tokens_that_a_treatment_leaves() -> None:
     rows[1, -1] = 1000
     assert (rows * tokens.clipped(rows)[..., None])[1, -1].tolist() == pytest.approx([16.0] * 3)
     assert tokens._of_largest(rows.square().sum(dim=-1)) > 0.99
+
+
+def test_modegpt_changes_nothing_at_full_width_and_counts_what_it_keeps() -> None:
+    ids = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+    model = tiny_llama()
+    needs = ("activation_moment", "active_tokens")
+    known = compute_statistics(model, [{"input_ids": ids, "labels": ids}], needs, progress=False)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        whole, kept = modegpt(deepcopy(model), known, 1.0)
+        torch.testing.assert_close(whole(input_ids=ids).logits, before, rtol=1e-3, atol=1e-4)
+        assert kept == sum(target.module.weight.numel() for target in find_targets(model).values())
+        small, fewer = modegpt(deepcopy(model), known, 0.5)
+        assert 0.3 * kept < fewer <= 0.5 * kept
+        widths = Widths.of(model.config, 0.5)
+        attention, config = small.model.layers[0].self_attn, model.config
+        assert int((small.model.layers[0].mlp.down_proj.weight != 0).any(dim=0).sum()) == widths.inner
+        assert int((attention.k_proj.weight != 0).any(dim=1).sum()) == 2 * widths.pairs * config.num_key_value_heads
+        # The product of values and outputs is the best of its rank for the inputs (Eckart & Young)
+        queries, keys = _rows(config, 0)
+        inputs = known.mean("activation_moment", "model.layers.0.self_attn.q_proj").double()
+        root = torch.linalg.cholesky(inputs + 1e-3 * inputs.diagonal().mean() * torch.eye(len(inputs)))
+        products = []
+        for each in (model.model.layers[0].self_attn, attention):
+            heads = each.o_proj.weight[:, queries].double().split(config.head_dim, dim=1)
+            products.append(torch.cat([head @ each.v_proj.weight[keys].double() for head in heads]) @ root)
+        lost = torch.linalg.svdvals(products[0])[widths.values :].square().sum()
+        torch.testing.assert_close((products[0] - products[1]).square().sum(), lost, rtol=1e-4, atol=1e-9)
+
+
+def test_blocks_that_share_a_basis_lose_the_directions_that_their_joint_inputs_have_least_of() -> None:
+    ids = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(0))
+    model = tiny_llama()
+    needs = ("activation_moment", "active_tokens")
+    known = compute_statistics(model, [{"input_ids": ids, "labels": ids}], needs, progress=False)
+    small, kept = basis_sharing(deepcopy(model), known, 0.4)
+    assert kept <= 0.4 * sum(target.module.weight.numel() for target in find_targets(model).values())
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(2)]
+    before, after = (torch.cat([each.get_submodule(name).weight.detach() for name in names]) for each in (model, small))
+    rank = int(0.4 * before.numel() / sum(before.shape))
+    assert torch.linalg.matrix_rank(after) == rank
+    inputs = sum(known.mean("activation_moment", name).double() for name in names)
+    inputs = inputs + 1e-3 * inputs.diagonal().mean() * torch.eye(len(inputs))
+    root = torch.linalg.cholesky(inputs)
+    lost = torch.linalg.svdvals(before.double() @ root)[rank:].square().sum()
+    torch.testing.assert_close(((before - after).double() @ root).square().sum(), lost, rtol=1e-4, atol=1e-9)
+
+
+def test_all_tokens_of_a_window_but_the_last_count(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").symlink_to(text / "text")
+    train(tmp_path, RECIPE, minutes=0, progress=False)
+    study = lm.Study(tmp_path, RECIPE)
+    expected = marked_batches(study.model, study.targets, study.calibration(1)[:2], "model", progress=False)
+    for marked, own in zip(expected, study.marks(1), strict=False):
+        assert marked.active.keys() == own.active.keys()
+        assert all(torch.equal(mask.bool(), own.active[name]) for name, mask in marked.active.items())

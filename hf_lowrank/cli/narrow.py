@@ -96,7 +96,8 @@ def _narrowed(model: str, task: "Task", given: NarrowOptions) -> tuple["Pipeline
 
     from hf_lowrank.cli.work import check_memory, work_folder
     from hf_lowrank.compression.memory import skeleton
-    from hf_lowrank.compression.narrow import LAYERS, NEEDS, gated_mlps, narrow, width_for
+    from hf_lowrank.compression.narrow import LAYERS, NEEDS, PARTS, gated_mlps, narrow, width_for
+    from hf_lowrank.model.targets import check_weights, find_targets
     from hf_lowrank.pipeline import Pipeline
 
     if (empty := skeleton(model, task, PartialState().device)) is not None:
@@ -105,6 +106,7 @@ def _narrowed(model: str, task: "Task", given: NarrowOptions) -> tuple["Pipeline
     _, place = check_memory(model, task, NEEDS, layers, given.calibration.batch_size)
     pipeline = Pipeline.load(model, task, given.data.data_dir, device=place, **vars(given.calibration))
     width = width_for(pipeline.model, given.keep, given.align)
+    check_weights(find_targets(pipeline.model, include=[f"*.{part}" for part in PARTS]))
     pipeline.labels = pipeline.labels_for(CompressionConfig("whiten"))
     pipeline.begin(work_folder(given.output), {"narrow": width}, **vars(given.job))
     before = _parameters(pipeline.model)

@@ -43,8 +43,8 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
     """The MLPs of gate_proj, up_proj and down_proj by name, if they can be made narrower together.
 
     Raises:
-        LowRankError: there are none, of different widths, or of another than the config's; a layer is factorized or
-            quantized; there is an adapter.
+        LowRankError: there are none, of different widths, of another than the config's, or with a weight in common; a
+            layer is factorized or quantized; there is an adapter.
     """
     refuse_adapter(model)
     found = {name: module for name, module in model.named_modules() if all(hasattr(module, part) for part in PARTS)}
@@ -57,8 +57,10 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
             "made from, and factorize or quantize what becomes of it"
         )
     widths = {module.down_proj.in_features for module in found.values()}
-    if len(widths) != 1:
-        reason = "MLPs of different widths" if found else "no MLPs of gate_proj, up_proj and down_proj"
+    shared = len({id(layer.weight) for layer in layers.values()}) < len(layers)
+    if len(widths) != 1 or shared:
+        several = "MLPs that share weights" if shared else "MLPs of different widths"
+        reason = several if found else "no MLPs of gate_proj, up_proj and down_proj"
         raise LowRankError(f"a {type(model).__name__} with {reason} cannot be made narrower; factorize it instead")
     if _as_wide_as_the_config(model) != set(layers):
         raise LowRankError(

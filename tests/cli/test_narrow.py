@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lowrank import CompressionConfig, compress
 from tests.helpers import WIDE, tiny_bert, tiny_llama, word_tokenizer
+from tests.launches import Job, hf_lowrank
 from tests.tiny_task import run
 
 
@@ -58,7 +60,9 @@ def test_what_cannot_be_narrower_is_told_in_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     small, _ = compress(tiny_llama(), CompressionConfig("svd", rank_ratio=0.3), None, progress=False)
-    for name, model in (("small", small), ("bert", tiny_bert())):
+    damaged = tiny_llama()
+    damaged.model.layers[1].mlp.gate_proj.weight.data[3, 4] = torch.nan
+    for name, model in (("small", small), ("bert", tiny_bert()), ("damaged", damaged)):
         model.save_pretrained(tmp_path / name)
         word_tokenizer().save_pretrained(tmp_path / name)
     texts = ["--texts", place / "texts.txt"]
@@ -67,9 +71,22 @@ def test_what_cannot_be_narrower_is_told_in_one_line(
         ([place / "model", *texts, "--keep", 1.5], "keep is a share of the MLPs' channels, in (0, 1], such as 0.8"),
         ([place / "model", *texts, "--keep", 0.01], f"1% of {WIDE} channels are fewer than align, 8"),
         ([tmp_path / "small", *texts], "mlp.gate_proj is a LowRankLinear: narrow the dense model"),
+        ([tmp_path / "damaged", *texts], "layers.1.mlp.gate_proj: 1 of its 2048 weights are not finite"),
         ([tmp_path / "bert", *texts], "no MLPs of gate_proj, up_proj and down_proj cannot be made narrower"),
     ):
         code, _, error = run(monkeypatch, capfd, "narrow", *words, "--output", tmp_path / "no")
         assert (code, said in error, error.count("hf-lowrank: ")) == (2, True, 1), error
         assert not (tmp_path / "no").exists()
         assert not (tmp_path / "no.work").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_model(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words: list[Any] = ["narrow", place / "model", "--keep", 0.4, "--texts", place / "texts.txt", "--samples", 20]
+    Job(tmp_path / "log", hf_lowrank, *words, "--output", tmp_path / "both", processes=2).done()
+    assert run(monkeypatch, capfd, *words, "--output", tmp_path / "alone")[0] == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], rtol=1e-3, atol=1e-4)

@@ -78,3 +78,17 @@ def test_what_cannot_be_narrower_is_refused() -> None:
     config = Qwen2MoeConfig(**sizes, moe_intermediate_size=8, shared_expert_intermediate_size=WIDE)
     with pytest.raises(LowRankError, match="not all of the config's intermediate_size, such as shared experts"):
         gated_mlps(Qwen2MoeForCausalLM(config))
+    shared = tiny_llama()
+    shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(LowRankError, match="a LlamaForCausalLM with MLPs that share weights cannot be made narrower"):
+        narrow(shared, measured, 8)
+
+
+def test_one_module_in_every_block_is_made_narrower_once() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[::2] = 0
+        before = model(IDS).logits
+        narrow(model, statistics(model), WIDE // 2)
+        torch.testing.assert_close(model(IDS).logits, before, rtol=1e-3, atol=1e-4)
