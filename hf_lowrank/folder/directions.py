@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.allocation.budget import BUDGETS
@@ -27,12 +28,34 @@ DIRECTIONS = "directions.safetensors"
 
 
 def save_directions(directions: Mapping[str, Directions], model: PreTrainedModel, folder: Path) -> None:
-    """Write them, with a digest of the factors that each belongs to; not of a quantized model, which cannot shrink."""
+    """Write them, with a digest of the factors that each belongs to; not of a quantized model, which cannot shrink.
+
+    Those of one layer at a time are in memory: they are written one after the other, and the file is made of that.
+    """
     if directions and quantizer_of(model) is None:
-        tensors = {f"{name}.{part}": tensor for name, each in directions.items() for part, tensor in vars(each).items()}
         digests = {name: digest(model.get_submodule(name)) for name in sorted(directions)}  # not as they were solved
-        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(contiguous, folder / DIRECTIONS, {"digests": json.dumps(digests)})
+        raw = folder / f"{DIRECTIONS}.raw"
+        try:
+            save_file(_on_disk(directions, raw), folder / DIRECTIONS, {"digests": json.dumps(digests)})
+        finally:
+            raw.unlink(missing_ok=True)
+
+
+def _on_disk(directions: Mapping[str, Directions], path: Path) -> dict[str, Tensor]:
+    """The tensors of directions as parts of one file, which is not read into memory."""
+    places: dict[str, tuple[int, int, torch.dtype, torch.Size]] = {}
+    with path.open("wb") as file:
+        for name in directions:
+            for part, tensor in vars(directions[name]).items():
+                content = tensor.contiguous().cpu()
+                file.write(b"\0" * (-file.tell() % 8))  # so that it can be seen as its dtype
+                places[f"{name}.{part}"] = (file.tell(), content.nbytes, content.dtype, content.shape)
+                file.write(content.flatten().view(torch.uint8).numpy().data)
+    whole = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+    return {
+        name: whole[start : start + size].view(dtype).view(shape)
+        for name, (start, size, dtype, shape) in places.items()
+    }
 
 
 def load_directions(model: PreTrainedModel, name: str) -> dict[str, Directions]:
