@@ -65,7 +65,8 @@ def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedMode
     config = _readable_config(name, task)
     device = PartialState().device
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    empty = skeleton(name, task, device) if on_disk else None
+    can = on_disk and not getattr(config, "quantization_config", None)  # such weights are of no use here
+    empty = skeleton(name, task, device) if can else None
     places = {} if empty is None else {"device_map": blocks_on_disk(empty, device)}
     try:
         with quiet(config):

@@ -57,7 +57,10 @@ def test_compress_quantize_and_what_looks_at_it(places: Path, tmp_path: Path, mo
     assert of_few["bytes"]["compressed"] == record["weights_bytes"]
     assert of_few["bytes"]["dense"] == exact["bytes"]["dense"]
     assert of_few["cases"][0]["operations"] == exact["cases"][0]["operations"]
-    for words in (["compress", few, *task(places)], ["finetune", few, *task(places)]):
+    dense = tmp_path / "dense"
+    assert run(monkeypatch, capfd, "quantize", places / "model", dense)[0] == 0
+    by_blocks = ["compress", dense, *task(places), "--blockwise", "on"]
+    for words in (["compress", few, *task(places)], by_blocks, ["finetune", few, *task(places)]):
         code, _, error = run(monkeypatch, capfd, *words, "--output", tmp_path / "no")
         assert code == 2
         assert "quantized" in error
