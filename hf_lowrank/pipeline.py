@@ -79,7 +79,8 @@ class Pipeline:
         work: where unfinished work is kept; None for nowhere (see `begin`).
         facts: what the record says besides what the pipeline knows by itself.
         progress: whether bars are shown.
-        blockwise: whether the blocks of the model stay on disk, and are measured and factorized one at a time.
+        blockwise: whether the blocks of the model stay on disk, and are measured and factorized one at a time. Stacked
+            experts do not stay there; they are measured so.
         sentences: of a sentence-transformers folder, what follows the transformer: its embeddings are what counts.
         quantization: how `save` stores weights; None for as they are, but where a budget in bytes chooses bits. What is
             measured for compressing is then measured of all layers that are rounded, and says how to round them.

@@ -78,9 +78,7 @@ def why_whole(model: PreTrainedModel, config: CompressionConfig) -> str:
     if config.form != "factors" or config.budget.kind in ("bytes", "latency"):
         return f"{config.form if config.form != 'factors' else config.budget.kind} needs it"
     blocks = outer_blocks(model)
-    for name, target in find_targets(model, config.include, config.exclude).items():
-        if target.kind == "expert":
-            return f"{name} is in a stack of experts"
+    for name in find_targets(model, config.include, config.exclude):
         if not any(name.startswith(f"{block}.") for block in blocks):
             return f"{name} is in none of its blocks"
     return ""

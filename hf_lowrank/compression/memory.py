@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_lowrank.errors import LowRankError
-from hf_lowrank.model.blocks import block_bytes
+from hf_lowrank.model.blocks import block_bytes, has_stacked_experts
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.model.weightless import weightless
@@ -79,15 +79,18 @@ def estimate_by_blocks(
 ) -> MemoryEstimate:
     """As `estimate_memory`, where blocks come from disk one at a time: two of them, and the statistics of one.
 
+    Models with stacked experts are in memory, but for the statistics.
+
     Raises:
         LowRankError: as `find_targets`.
     """
     targets, blocks = find_targets(model, include, exclude), block_bytes(model)
     inside = [{n: target for n, target in targets.items() if n.startswith(f"{block}.")} for block in blocks]
     inside = [layers for layers in inside if layers]
-    rest = _bytes(model.parameters()) + _bytes(model.buffers()) - sum(blocks.values())
+    whole = _bytes(model.parameters()) + _bytes(model.buffers())
+    two = whole - sum(blocks.values()) + 2 * max(blocks.values(), default=0)
     return MemoryEstimate(
-        rest + 2 * max(blocks.values(), default=0),
+        whole if has_stacked_experts(model) else two,
         max((statistics_bytes(layers, kinds) for layers in inside), default=0),
         max((_workspace(model, list(layers.values()), kinds, tokens) for layers in inside), default=0),
     )

@@ -15,7 +15,7 @@ from hf_lowrank.folder.reading import load_own
 from hf_lowrank.folder.tokenizers import load_tokenizer, stored_file
 from hf_lowrank.jobs.progress import say_once
 from hf_lowrank.jobs.settings import check_seed
-from hf_lowrank.model.blocks import blocks_on_disk
+from hf_lowrank.model.blocks import blocks_on_disk, has_stacked_experts
 from hf_lowrank.model.locating import resolve
 from hf_lowrank.tasks import Task
 from hf_lowrank.tasks.labels import mapping_note
@@ -56,7 +56,8 @@ def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedMode
     """The model called `name`, on this process's device, where no text is to be read.
 
     Half precision is computed in float32 on a CPU, which has no fast arithmetic for it, and as it is on an accelerator.
-    The weights of its blocks may stay `on_disk`, from where they come for the calls that need them.
+    The weights of its blocks may stay `on_disk`, from where they come for the calls that need them, but for models with
+    stacked experts.
 
     Raises:
         LowRankError: no such model, one that cannot be read, or one without a trained head for the task.
@@ -67,7 +68,8 @@ def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedMode
     dtype: Any = torch.float32 if device.type == "cpu" else "auto"
     can = on_disk and not getattr(config, "quantization_config", None)  # such weights are of no use here
     empty = skeleton(name, task, device) if can else None
-    places = {} if empty is None else {"device_map": blocks_on_disk(empty, device)}
+    in_memory = empty is None or has_stacked_experts(empty)
+    places = {} if in_memory else {"device_map": blocks_on_disk(empty, device)}  # type: ignore[arg-type]
     try:
         with quiet(config):
             model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read

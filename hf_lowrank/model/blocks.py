@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from hf_lowrank.jobs.checkpoint import Store
+from hf_lowrank.nn.experts_lowrank import is_stacked
 
 # What two runs of a block on the same inputs may differ by, relative to the inputs: rounding.
 AGREEMENT = 1e-4
@@ -55,6 +56,11 @@ def blocks_on_disk(model: nn.Module, device: torch.device) -> dict[str, Any]:
                 yield from places(f"{around}{child}", part)
 
     return dict(places("", model))
+
+
+def has_stacked_experts(model: nn.Module) -> bool:
+    """Whether there are experts whose weights are slices of one parameter, which cannot come from disk one by one."""
+    return any(is_stacked(module) for module in model.modules())
 
 
 def is_on_disk(model: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from hf_lowrank.model.weightless import weightless
 from hf_lowrank.tasks import get_task
 from tests.helpers import tiny_albert, tiny_bert
 from tests.launches import Job, make_data, make_model
+from tests.nn.test_experts import mixtral
 from tests.tiny_task import run
 
 CPU = torch.device("cpu")
@@ -73,6 +74,28 @@ def test_what_is_no_chain_is_compressed_whole_and_it_is_said(
     assert (
         "does not go block by block, as albert.encoder.albert_layer_groups.0 is run 3 times" in capsys.readouterr().err
     )
+
+
+def test_stacked_experts_stay_in_memory_and_are_measured_block_by_block(folder: Path, tmp_path: Path) -> None:
+    model = mixtral()
+    model.save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((folder / "model" / name).read_bytes())
+    found = []
+    for by_blocks in (False, True):
+        rest: Any = {"texts": ["a b c d e", "e d c", "b a"] * 3, "blockwise": by_blocks, "progress": False}
+        pipeline = Pipeline.load(str(tmp_path / "model"), **rest)
+        report = pipeline.compress(keep=0.6, align=1)
+        assert pipeline.blockwise == by_blocks
+        assert not is_on_disk(pipeline.model)
+        found.append((report.ranks, pipeline.model.state_dict()))
+    (whole, expected), (ranks, tensors) = found
+    assert ranks == whole
+    assert any("experts" in name for name in ranks)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in expected.items())
+    plan = plan_memory(model, CompressionConfig(), "on", CPU, 10)
+    assert plan.by_blocks
+    assert plan.estimate.model == estimate_memory(model, CompressionConfig().needs).model
 
 
 def test_auto_goes_by_blocks_where_the_whole_model_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

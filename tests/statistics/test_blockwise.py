@@ -25,15 +25,17 @@ from hf_lowrank.statistics.collect import _Pass
 from tests.compression.test_sequential import batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.launches import Job
+from tests.nn.test_experts import mixtral
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: tiny_bert(num_hidden_layers=3),
     "gpt2": tiny_gpt2,
     "llama": tiny_llama,
+    "mixtral": mixtral,
     "t5": tiny_t5,
 }
 SLOW = [pytest.param(name, "data", marks=pytest.mark.slow) for name in ("gpt2", "t5")]
-LABELS = [("bert", "data"), ("llama", "model"), *SLOW]
+LABELS = [("bert", "data"), ("llama", "model"), ("mixtral", "model"), *SLOW]
 
 
 @pytest.mark.parametrize(("architecture", "labels"), LABELS)
