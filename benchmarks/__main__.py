@@ -124,7 +124,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   calibration    scores over samples of statistics, seeds and damping; needs --model       about 15 minutes for MiniLM
   attention      q, k, v, o factorized together and apart; needs --model                   about 20 minutes for MiniLM
   sequential     factors behind the compressed prefix against one-shot ones; needs --model about 20 minutes for MiniLM
-  bytes          score by bytes, low rank with int8 and int4, by --seed; needs --model     about 10 minutes for MiniLM
+  bytes          score by bytes, low rank with int8 and int4, by --seed; needs --model     about 20 minutes for MiniLM
   graphs         the same models in ONNX Runtime, with their speed; needs --model          about 8 minutes for MiniLM
   residual       low rank as what rounding lost, at equal bytes; needs --model             about 6 minutes for MiniLM
   convergence    every optimizer of TFWSVD's objective, as a table and a plot              about 5 minutes

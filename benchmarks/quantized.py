@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.bytes_picture import bytes_figure
 from benchmarks.harness import Lines, Options, Result, Row, mean_of
-from benchmarks.smaller import half
+from benchmarks.smaller import EPOCHS, half
 from hf_lowrank import CompressionConfig, Statistics
 from hf_lowrank.allocation.budget import ImpossibleBudget
 from hf_lowrank.compression.codes import solver_for_codes
@@ -75,9 +75,13 @@ class Study:
 
     @functools.cached_property
     def statistics(self) -> Statistics:
-        """Of all layers that any of the models rounds, measured once."""
+        """Of all layers that any of the models rounds, measured once and kept beside the figures."""
+        place = self.output / f"{self.name}_{self.seed}.statistics"
+        if place.is_dir():
+            return Statistics.load(place)
         measured = self.pipeline.statistics(CompressionConfig())
         assert measured is not None
+        measured.save(place)
         return measured
 
     def measure(self, name: str) -> None:
@@ -129,7 +133,8 @@ class Study:
             [
                 "No fine-tuning, whole validation set; mean and standard error over seeds. int8 and int4: folders of "
                 "weights, rounded with the moments of kfac, computed in float32 after widening; what is not quantized "
-                "is in float16. Divergence: from the dense model, in nats. Graphs and their speed: `graphs`."
+                "is in float16. Divergence: from the dense model, in nats. Half the blocks: every second one of the "
+                f"dense model's, trained for {EPOCHS} epochs with it as teacher. Graphs and their speed: `graphs`."
             ],
             {"model": self.name, "rows": rows},
         )
