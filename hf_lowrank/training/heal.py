@@ -394,8 +394,8 @@ def _healed(healing: _Healing, folder: Path, start: str | None, saves: bool, sto
     _ = healing.metrics  # in full precision, before Trainer sets its own
     if start is None:
         on_main(store.remove)
-    rate, tried = _rate(healing, folder, beginning, start is not None)
     best = _Best(healing, before, store if saves else None)
+    rate, tried = _rate(healing, folder, beginning, start is not None)
     saving = {"save_strategy": "steps", "save_steps": _check_steps(steps), "save_total_limit": 1} if saves else {}
     healing.train(rate, steps, folder, best, start, **saving)
     healing.restore({name: tensor.to(stored).float() for name, tensor in best.state.items()})
@@ -410,20 +410,25 @@ def _healed(healing: _Healing, folder: Path, start: str | None, saves: bool, sto
 def _rate(
     healing: _Healing, folder: Path, beginning: dict[str, Tensor], resumed: bool
 ) -> tuple[float, list[dict[str, float]]]:
-    """The rate that learns most in a short training, and the loss that each came to; the model is as before.
+    """The rate that learns most in a short training, and the loss that each came to; what it learnt is kept.
 
     How near the predictions come to the teacher's says little so early: at the larger rates, which come nearest in the
-    end, they first go away.
+    end, they first go away. So it is by the loss, and from the smallest rate up, until one is worse than that before.
     """
     if resumed and on_main((folder / RATE).is_file):
         found = on_main(lambda: read_json(folder / RATE))
         return found["rate"], found["tried"]
-    tried = []
-    rates = healing.config.rates
+    rates = sorted(healing.config.rates)
+    tried: list[dict[str, float]] = []
+    best, least, learnt = rates[0], math.inf, beginning
     for rate in rates if len(rates) > 1 else ():
-        tried.append({"rate": rate, "loss": healing.train(rate, max(1, round(TRIAL * healing.steps)), folder)})
         healing.restore(beginning)
-    best = min(tried, key=lambda trial: trial["loss"])["rate"] if tried else rates[0]
+        loss = healing.train(rate, max(1, round(TRIAL * healing.steps)), folder)
+        tried.append({"rate": rate, "loss": loss})
+        if not loss < least:
+            break
+        best, least, learnt = rate, loss, healing.state()
+    healing.restore(learnt)
     on_main(lambda: write_json(folder / RATE, {"rate": best, "tried": tried}))
     return best, tried
 

@@ -60,7 +60,8 @@ class HealConfig:
         epochs: passes over them, in the same batches; a fraction is allowed.
         held_out: other training rows, on which the divergence from the teacher is measured; of windows of more than
             128 tokens fewer, which hold as many tokens as so many texts of 128.
-        rates: learning rates that are tried, each from the start in a short training; the one of least loss goes on.
+        rates: learning rates that are tried, the smallest first and each from the start, in short trainings until one
+            learns less than that before; the one of least loss goes on, from what it learnt.
         batch_size: rows of one step, over all processes; of windows fewer likewise.
         accumulate: parts of a step that are computed one after the other, where memory is short.
         hidden: weight of the errors of the blocks' hidden states, beside the outputs' divergence, in the beginning; it

@@ -94,22 +94,42 @@ def test_it_comes_nearer_and_the_factors_alone_have_changed(data: Path, tokenize
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_weights_and_the_best_rate_goes_on(data: Path, tokenizer: Any) -> None:
+def test_the_same_seed_gives_the_same_weights_and_the_best_rate_goes_on(
+    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates are tried upwards until one learns less; what the best one learnt is where the training begins."""
+    begun: list[dict[str, torch.Tensor]] = []
+    train = healing._Healing.train
+
+    def watched(self: Any, rate: float, steps: int, folder: Path, best: Any = None, *rest: Any, **saved: Any) -> float:
+        begun.append(self.state())
+        loss = train(self, rate, steps, folder, best, *rest, **saved)
+        begun.append(self.state())
+        return loss
+
+    monkeypatch.setattr(healing._Healing, "train", watched)
     models = [low_rank(), low_rank()]
-    rates = {"rates": (3e-3, 1e-6), "epochs": 5}
+    rates = {"rates": (10.0, 3e-3, 30.0, 1e-6), "epochs": 5}
     facts = [heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | rates) for model in models]
     assert same(*models)
-    assert facts[0]["learning_rate"] == min(facts[0]["tried"], key=lambda tried: tried["loss"])["rate"]
+    assert [trial["rate"] for trial in facts[0]["tried"]] == [1e-6, 3e-3, 10.0]
+    assert facts[0]["learning_rate"] == min(facts[0]["tried"], key=lambda tried: tried["loss"])["rate"] == 3e-3
     assert facts[0]["tried"] == facts[1]["tried"]
-    alone = low_rank()  # what was tried leaves nothing behind
-    heal(alone, dense(), tokenizer, get_task("cola"), data, **FAST | rates | {"rates": (facts[0]["learning_rate"],)})
-    assert same(alone, models[0])
+    first, after_first, second, after_second, third, after_third, whole = begun[:7]
+    for name, start in first.items():
+        assert torch.equal(second[name], start)
+        assert torch.equal(third[name], start)
+        assert torch.equal(whole[name], after_second[name])
+    assert len(begun) == 16
+    assert not all(torch.equal(after_first[name], after_third[name]) for name in first)
 
 
 @pytest.mark.parametrize("rate", [30.0, 1e30])
-def test_what_makes_it_worse_is_undone(data: Path, tokenizer: Any, rate: float) -> None:
+@pytest.mark.parametrize("rates", [1, 2])
+def test_what_makes_it_worse_is_undone(data: Path, tokenizer: Any, rate: float, rates: int) -> None:
     model = low_rank()
-    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **FAST | {"rates": (rate,), "epochs": 1})
+    options = FAST | {"rates": tuple(rate * 2**k for k in range(rates)), "epochs": 1}
+    facts = heal(model, dense(), tokenizer, get_task("cola"), data, **options)
     assert not facts["healed"]
     assert facts["divergence_after"] == facts["divergence_before"]
     assert same(model, low_rank())
@@ -255,7 +275,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_weights(
         assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
 
 
-SHARED: dict[str, Any] = FAST | {"samples": 40, "rates": (3e-3, 1e-3)}  # whole batches alone: what is left is filled up
+SHARED: dict[str, Any] = FAST | {"samples": 40, "rates": (3e-3, 1e-2)}  # whole batches alone: what is left is filled up
 
 
 def _heal_and_save(data: Path, out: Path) -> None:
