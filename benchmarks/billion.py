@@ -34,7 +34,7 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }  # of TinyLlama
-SAMPLES, LENGTH = 8, 128
+SAMPLES, LENGTH = 4, 128
 INTERVAL, GIGABYTE = 0.02, 10**9  # seconds between two looks at the memory
 
 

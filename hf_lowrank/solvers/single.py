@@ -13,8 +13,8 @@ from torch import Tensor
 # From this width on float32 pays, which takes half as long on a CPU, and far less on most accelerators.
 WIDE = 512
 
-# What float32 may cost, relative to the error of the factors.
-TOLERANCE = 1e-5
+# What float32 may cost, relative to the error of the factors, or to this share of the whole weight's if that is more.
+TOLERANCE, LEAST = 1e-5, 1e-3
 
 PROBES = 8
 
@@ -22,12 +22,15 @@ PROBES = 8
 def excess(worth: Tensor, rank: int, error: float) -> float:
     """How far the error of factors may be from the least, relative to it, by a Gram matrix [s, s] that is not exact.
 
+    An error below `LEAST` of the whole counts as that: float32 has no more digits for it, and the factors are all but
+    the weight.
+
     Args:
         worth: its eigenvalues [s], largest first, in float64.
         rank: of the factors.
         error: ‖E‖, the Frobenius norm of what the matrix is off by.
     """
-    size, left = len(worth), float(worth[rank:].sum())
+    size, left = len(worth), max(float(worth[rank:].sum()), LEAST * float(worth.sum()))
     entry = error / size
     gaps = (worth[:rank, None] - worth[rank:]).clamp_min(max(entry, torch.finfo(worth.dtype).tiny))
     kept_less = float(entry**2 * gaps.reciprocal().sum())
