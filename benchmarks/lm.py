@@ -27,7 +27,7 @@ from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics.batches import Marked, Marks
 from hf_lowrank.statistics.names import passes
 
-SHARES = (0.9, 0.8, 0.6, 0.4, 0.2)  # of the parameters of the blocks that are kept
+SHARES = (0.9, 0.8, 0.6, 0.4)  # of the parameters of the blocks that are kept
 FIRST = (0.8, 0.6, 0.4)  # which of these are measured before the others
 SEEDS = (0, 1, 2)
 SAMPLES, TESTED, BATCH = 128, 64, 8  # windows for the statistics, windows that are scored, and windows at a time
@@ -45,14 +45,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NARROW, MODEGPT, SHARING = "narrow", "modegpt", "basis-sharing"
 RIVALS = (NARROW, MODEGPT, SHARING)
 
-# In this order: those that decide, then those that tell where something comes from or take minutes a model, one seed.
+# In this order: those that decide, then those that take minutes a model or their statistics, and are of one seed.
 ORDER = (
-    *("kfac", "whiten", "svd", "asvd", "kfac-one-shot", "modegpt", "fwsvd", "narrow", "whiten-diag", "basis-sharing"),
-    *("tfwsvd", "whiten-greedy", "whiten-sequential-greedy", "whiten-sequential", "kfac-searched", "fwsvd2"),
-    *("gfwsvd", "ekfac"),
+    *("kfac", "whiten", "svd", "asvd", "tfwsvd", "fwsvd", "fwsvd2", "whiten-diag", "kfac-one-shot", "whiten-greedy"),
+    *("modegpt", "basis-sharing", "narrow"),
+    *("whiten-sequential-greedy", "whiten-sequential", "kfac-searched", "gfwsvd", "ekfac"),
 )
-LATE = ORDER[ORDER.index("whiten-greedy") :]
-ONE_SEED = ("svd", "tfwsvd", *LATE)
+LATE = ORDER[ORDER.index("whiten-sequential-greedy") :]
+ONE_SEED = ("svd", *LATE)
 
 
 def run(options: Options) -> Result:
@@ -75,10 +75,11 @@ def run(options: Options) -> Result:
         f"dense perplexity {dense['perplexity']:.2f}, accuracy {dense['accuracy']:.2%}",
         [_row(study, way) for way in ways],
         [
-            "Nats added to the loss, and in brackets KL to dense, on packages held out, by the share of the blocks' "
-            f"parameters kept: means ± standard deviations over calibration seeds {', '.join(map(str, SEEDS))} of "
-            f"{SAMPLES} windows of {recipe.length} tokens of the training text; without ±: one seed. {TESTED} windows "
-            "are scored.",
+            "Thousandths of a nat added to the loss, KL to dense in the same unit, and perplexity, on packages held "
+            f"out, by the share of the blocks' parameters kept: means over calibration seeds "
+            f"{', '.join(map(str, SEEDS))} of {SAMPLES} windows of {recipe.length} tokens of the training text, ± "
+            f"standard deviations; without ±: one seed. {TESTED} windows are scored.",
+            *_levels(study, ways),
         ],
         {"dense": dense, "tokens": study.tokens, "all": list(study.known.values())},
     )
@@ -87,18 +88,13 @@ def run(options: Options) -> Result:
 def _in_order(ways: Sequence[str]) -> list[tuple[str, float, int]]:
     """What is measured, each way at each share with each seed, what decides first."""
     every = [(way, share, seed) for seed in SEEDS for way in ways for share in SHARES]
-    wanted = [(way, share, seed) for way, share, seed in every if seed in seeds_of(way) and share >= least_of(way)]
+    wanted = [(way, share, seed) for way, share, seed in every if seed in seeds_of(way)]
     return sorted(wanted, key=lambda which: (which[0] in LATE, which[1] not in FIRST))
 
 
 def seeds_of(way: str) -> tuple[int, ...]:
     """The calibration seeds that a way is measured with."""
     return SEEDS[:1] if way in ONE_SEED else SEEDS
-
-
-def least_of(way: str) -> float:
-    """The least share of the parameters that a way can leave: narrower MLPs leave the attention's."""
-    return 0.4 if way == NARROW else 0.0
 
 
 class Study:
@@ -219,13 +215,33 @@ class Study:
 
 
 def _row(study: Study, way: str) -> Row:
-    row = {"way": way, **dict.fromkeys((f"{share:.0%} kept" for share in SHARES), "–")}
+    row = {"way": way}
     for share in SHARES:
-        if share < least_of(way):
-            continue
-        found = [study.figures(way, share, seed) for seed in seeds_of(way)]
-        added = [figures["loss"] - study.dense_figures["loss"] for figures in found]
-        far, right = (fmean(figures[kind] for figures in found) for kind in ("divergence", "accuracy"))
-        spread = f" ± {stdev(added):.4f}" if len(added) > 1 else ""
-        row[f"{share:.0%} kept"] = f"{fmean(added):+.4f}{spread} ({far:.4f}), {right:.1%}"
+        added, far = (_over_seeds(study, way, share, kind) for kind in ("added", "divergence"))
+        spread = f" ± {stdev(added):.2f}" if len(added) > 1 else ""
+        perplexity = fmean(_over_seeds(study, way, share, "perplexity")) / 1000
+        row[f"{share:.0%} kept"] = f"{fmean(added):+.2f}{spread}, KL {fmean(far):.3f}, {perplexity:.2f}"
     return row
+
+
+def _over_seeds(study: Study, way: str, share: float, kind: str) -> list[float]:
+    """A figure of a way with each of its seeds, in thousandths."""
+    found = [study.figures(way, share, seed) for seed in seeds_of(way)]
+    if kind == "added":
+        return [1000 * (figures["loss"] - study.dense_figures["loss"]) for figures in found]
+    return [1000 * figures[kind] for figures in found]
+
+
+def _levels(study: Study, ways: Sequence[str]) -> list[str]:
+    """What the default adds to the loss, and its KL, as shares of what whitening adds."""
+    default, whitening = ORDER[:2]
+    if not {default, whitening} <= set(ways):
+        return []
+    parts = []
+    for share in SHARES:
+        added, far = (
+            fmean(_over_seeds(study, default, share, kind)) / fmean(_over_seeds(study, whitening, share, kind))
+            for kind in ("added", "divergence")
+        )
+        parts.append(f"{share:.0%}: {added:.2f} (KL {far:.2f})")
+    return [f"Of what `{whitening}` adds, `{default}` adds, {'; '.join(parts)}."]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from benchmarks import lm, lm_train, tokens
 from benchmarks.basis_sharing import basis_sharing
 from benchmarks.harness import Options
+from benchmarks.lm_picture import language_model_figure, points
 from benchmarks.lm_text import Corpus, Windows, prepare
 from benchmarks.lm_train import Recipe, train, trained
 from benchmarks.modegpt import Widths, _rows, modegpt
@@ -89,10 +90,15 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     train(tmp_path, RECIPE, minutes=0, progress=False)
     monkeypatch.setattr(lm, "Recipe", lambda: RECIPE)
     monkeypatch.setattr(lm, "SEEDS", (0,))
-    options = Options(cache=tmp_path, methods=("svd", "kfac", "kfac-searched", *lm.RIVALS))
+    options = Options(cache=tmp_path, methods=("svd", "kfac", "whiten", "kfac-searched", *lm.RIVALS))
     result = lm.run(options)
-    assert [row["way"] for row in result.rows] == ["kfac", "svd", "modegpt", "narrow", "basis-sharing", "kfac-searched"]
-    assert [row["20% kept"] == "–" for row in result.rows] == [False] * 3 + [True] + [False] * 2
+    assert [row["way"] for row in result.rows] == [
+        *("kfac", "whiten", "svd", "modegpt", "basis-sharing", "narrow", "kfac-searched")
+    ]
+    figures, dense = {tuple(row["of"]): row for row in result.figures["all"]}, result.figures["dense"]["loss"]
+    added = 1000 * (figures["kfac", 0.4, 0]["loss"] - dense)
+    assert next(row for row in result.rows if row["way"] == "kfac")["40% kept"].startswith(f"{added:+.2f}, KL ")
+    assert f"40%: {added / (1000 * (figures['whiten', 0.4, 0]['loss'] - dense)):.2f} (KL " in result.notes[1]
     study = lm.Study(tmp_path, RECIPE)
     for share in lm.SHARES:
         assert study.known["kfac", share, 0]["kept"] <= share
@@ -194,3 +200,10 @@ def test_all_tokens_of_a_window_but_the_last_count(text: Path, tmp_path: Path) -
     for marked, own in zip(expected, study.marks(1), strict=False):
         assert marked.active.keys() == own.active.keys()
         assert all(torch.equal(mask.bool(), own.active[name]) for name, mask in marked.active.items())
+
+
+def test_the_picture_has_a_line_for_each_way_of_means_over_seeds() -> None:
+    found = [("kfac", 0.4, 0, 0.1), ("kfac", 0.4, 1, 0.3), ("kfac", 0.8, 0, 0.01), ("svd", 0.4, 0, 0.5)]
+    rows = [{"of": [way, share, seed], "divergence": nats} for way, share, seed, nats in found]
+    assert points(rows, "kfac") == [(80.0, 0.01), (40.0, 0.2)]
+    assert [line.get_label() for line in language_model_figure(rows).axes[0].lines] == ["SVD", "the default"]
