@@ -30,7 +30,7 @@ from hf_lowrank.model.weights import is_sharded, model_digest
 from hf_lowrank.nn.modeling_lowrank import LowRankMixin
 from hf_lowrank.tasks import Task, collator, encode, load_split
 from hf_lowrank.tasks.checks import checked_length
-from hf_lowrank.tasks.data import training_rows
+from hf_lowrank.tasks.data import content_digest, training_rows
 from hf_lowrank.tasks.encoding import encode_chosen, lengths_of
 from hf_lowrank.tasks.windows import rows_at_once
 from hf_lowrank.training.divergence import Reference
@@ -98,7 +98,7 @@ def heal(
 
     Raises:
         LowRankError: the model is not low-rank, quantized or sharded; the teacher is not the dense form of it; unusable
-            data or settings; checkpoints of other settings.
+            data or settings; checkpoints of other settings or data.
     """
     config = HealConfig(**settings)
     check_teacher(model, teacher)
@@ -109,7 +109,8 @@ def heal(
     described = asdict(config) | {"rates": list(config.rates)}
     with checkpoint_folder(checkpoints) as folder, as_before(model):
         origin = {"model weights": model_digest(model), "teacher's weights": model_digest(teacher), "task": task.name}
-        start = last_checkpoint(folder, described | origin | {"rows": len(rows)}, resume)
+        read = {"rows": len(rows), "data": content_digest([rows, held_out])}
+        start = last_checkpoint(folder, described | origin | read, resume)
         place = PartialState().device
         nn.Module.to(teacher, place).eval()
         nn.Module.to(model, place, torch.float32)  # small steps would be rounded away in half precision

@@ -267,12 +267,22 @@ def test_an_interrupted_healing_goes_on_to_the_same_weights(
     other = options | {"hidden": 2}
     with pytest.raises(LowRankError, match="checkpoints of a run with hidden 1, not 2"):
         heal(low_rank(), dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, resume=True, **other)
+    (tmp_path / "other").mkdir()
+    Dataset.from_parquet(str(data / "train.parquet")).map(longer).to_parquet(tmp_path / "other" / "train.parquet")
+    again: dict[str, Any] = options | {"checkpoints": tmp_path, "resume": True}
+    with pytest.raises(LowRankError, match="checkpoints of a run with data '"):
+        heal(low_rank(), dense(), tokenizer, get_task("cola"), tmp_path / "other", **again)
     torch.manual_seed(99)
     for _ in range(2):  # once more from the end, where nothing is left to do
         resumed = low_rank()
         facts = heal(resumed, dense(), tokenizer, get_task("cola"), data, checkpoints=tmp_path, resume=True, **options)
         assert same(whole, resumed)
         assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def longer(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of another text."""
+    return row | {"sentence": f"{row['sentence']} w1"}
 
 
 SHARED: dict[str, Any] = FAST | {"samples": 40, "rates": (3e-3, 1e-2)}  # whole batches alone: what is left is filled up
