@@ -49,7 +49,7 @@ from hf_lowrank.training.told import Batch, Teacher, Told
 CHECKS = 4  # measurements on held-out texts in the course of a training
 TRIAL = 1 / 8  # of the steps, for each rate that is tried
 WARM_UP = 0.1  # of the steps
-FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: about half an epoch of training in time
+FEWEST, MOST = 2048, 4096  # texts to learn from, a quarter of all in between: a third of an epoch of training in time
 MEASURED = 256  # texts on which it is measured how much errors of hidden states matter, or fewer windows
 FARTHEST = 0.1  # a layer that was left alone and is farther from the teacher's, relatively, is another model's
 RATE, BEST = "rate.json", "best"
@@ -75,8 +75,8 @@ def heal(
     The loss of a sample is the divergence of its predictions from the teacher's (see `divergences`; of tokens their
     mean) plus `hidden`, which falls to 0 in the course of the training, times the mean over blocks of the errors of
     their hidden states, weighed by how much they matter (see `hidden_metrics`): these say much of every token, where
-    predictions of few are in doubt. No label is read. What the teacher says is kept, as far as memory goes, so that it
-    is asked once of every text. All other weights stay as they are, bit for bit, and dropout is off.
+    predictions of few are in doubt. No label is read. What the teacher says of texts that come again is kept, as far as
+    memory goes, so that it is asked once. All other weights stay as they are, bit for bit, and dropout is off.
 
     Args:
         model: low-rank, with whole factors: neither quantized nor with an adapter.
@@ -300,6 +300,8 @@ class _Healing:
     ) -> float:
         """`steps` steps at a learning rate; with `best`, measured on the way and at the end. The loss of the last."""
         checks = {"eval_strategy": "steps", "eval_steps": _check_steps(steps)} if best else {}
+        if best and self.config.epochs <= 1:
+            self.told.room = 0  # no batch comes again, but those of the trials
         arguments = trainer_arguments(
             folder,
             self.batch,

@@ -213,6 +213,17 @@ def test_a_teacher_is_asked_once_of_every_batch_of_all_epochs_and_rates(
     assert {**facts, "seconds": 0} == {**expected, "seconds": 0}
 
 
+def test_what_a_teacher_says_of_texts_that_do_not_come_again_is_not_kept(
+    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[Teacher] = []
+    monkeypatch.setattr(healing, "Teacher", lambda *given: teachers.append(Teacher(*given)) or teachers[-1])
+    for epochs, kept in ((1, 1), (2, 6)):
+        options = FAST | {"epochs": epochs, "rates": (1e-3, 3e-3), "samples": 44}
+        heal(low_rank(), dense(), tokenizer, get_task("cola"), data, **options)
+        assert len(teachers.pop().kept) == kept
+
+
 def test_parts_of_a_step_add_up_to_it(data: Path, tokenizer: Any) -> None:
     models = [low_rank(), low_rank()]
     for model, parts in zip(models, (1, 4), strict=True):
