@@ -268,7 +268,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument(
-        "--method", action="append", choices=lm.ORDER, metavar="NAME", help=f"lm: only this of {', '.join(lm.ORDER)}"
+        "--method",
+        action="append",
+        choices=lm.ORDER,
+        metavar="NAME",
+        help=f"lm, tokens: only this of {', '.join(lm.ORDER)}",
     )
     parser.add_argument("--task", choices=list(TASKS), help="what the model was fine-tuned on")
     parser.add_argument(

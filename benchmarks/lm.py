@@ -22,6 +22,7 @@ from benchmarks.searched_ranks import profile
 from hf_lowrank import METHODS, CompressionConfig, Statistics, compress, compute_statistics
 from hf_lowrank.allocation import Profile
 from hf_lowrank.compression.narrow import narrow
+from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.progress import bar
 from hf_lowrank.model.targets import find_targets
 from hf_lowrank.statistics.batches import Marked, Marks
@@ -168,7 +169,10 @@ class Study:
         return map(json.loads, log.read_text().splitlines() if log.is_file() else [])
 
     def _statistics(self, config: CompressionConfig, seed: int) -> Statistics | None:
-        """What a method needs, measured and kept: in one pass for all with these labels that one pass is enough for."""
+        """What a method needs, measured and kept: in one pass for all with these labels that one pass is enough for.
+
+        A pass that was interrupted goes on.
+        """
         if not config.needs:
             return None
         labels, several = METHODS[config.method].labels, len(passes(config.needs)) > 1
@@ -177,7 +181,9 @@ class Study:
             alike = [method.needs_for(True) for method in METHODS.values() if method.labels == labels]
             kinds = [config.needs] if several else [needs for needs in alike if len(passes(needs)) == 1]
             needs = list(dict.fromkeys(need for group in kinds for need in group))
-            compute_statistics(self.model, self.calibration(seed), needs, labels=labels).save(place)
+            work = Work.open(place.with_name(f"{place.name}.work"), {"needs": needs}, resume=True, minutes=1)
+            compute_statistics(self.model, self.calibration(seed), needs, labels=labels, work=work).save(place)
+            work.remove()
         return Statistics.load(place)
 
     def calibration(self, seed: int, samples: int = SAMPLES) -> list[dict[str, Tensor]]:

@@ -65,13 +65,14 @@ def even(x: Tensor) -> Tensor:
 
 
 TREATMENTS: dict[str, Callable[[Tensor], Tensor]] = {f.__name__: f for f in (plain, first, outer, clipped, even)}
+METHODS_TREATED = ("kfac", "whiten", "fwsvd")
 SIDES = ("x", "g", "x and g")  # whose tokens are treated: of inputs, of output gradients, of both
 
 
 def run(options: Options) -> Result:
     """The shares of first and of large tokens by kind of layer, and a row for each method and treatment."""
     study = Study(options)
-    wanted = [(m, t, s) for m in ("kfac", "whiten", "fwsvd") for t in TREATMENTS for s in _sides(m, t)]
+    wanted = [(m, t, s) for m in _methods(options) for t in TREATMENTS for s in _sides(m, t)]
     for method, treatment, side in wanted:
         for share in SHARES:
             study.measure(method, treatment, side, share)
@@ -86,6 +87,11 @@ def run(options: Options) -> Result:
         ],
         {"rows": study.lines.rows()},
     )
+
+
+def _methods(options: Options) -> list[str]:
+    """Those that are asked for."""
+    return [method for method in METHODS_TREATED if options.methods is None or method in options.methods]
 
 
 def _sides(method: str, treatment: str) -> tuple[str, ...]:
