@@ -616,7 +616,10 @@ class Pipeline:
         statistics.save(folder, overwrite)
 
     def finish(self) -> None:
-        """Let go of the unfinished work, the result being safe; to be called by the main process."""
+        """Let go of the unfinished work, the result being safe; to be called by the main process.
+
+        The factors of a model that went block by block lie there: from now on it can only be loaded as it was saved.
+        """
         if self.work is not None:
             self.work.remove()
 

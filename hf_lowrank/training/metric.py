@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_lowrank.statistics.labels import projected_losses
-from hf_lowrank.training.told import Batch, Teacher, Told
+from hf_lowrank.training.told import Batch, Teacher
 
 DAMPING = 0.1  # times the mean eigenvalue is added to all: what mattered on few texts is not all that does
 
@@ -21,7 +21,8 @@ def hidden_metrics(teacher: Teacher, batches: Iterable[Batch]) -> list[Tensor]:
     feature maps, which are no [texts, tokens, width], it is a single number, the mean over all entries.
     """
     sums: list[Tensor] = []
-    tokens, first = 0.0, 0
+    tokens: list[float] = []
+    first = 0
     with _differentiable(teacher.model), torch.enable_grad():
         for given in batches:
             batch = {key: value.to(teacher.model.device) for key, value in given.items()}
@@ -30,9 +31,11 @@ def hidden_metrics(teacher: Teacher, batches: Iterable[Batch]) -> list[Tensor]:
             loss = projected_losses(told.predicted, numbers, seed=0).sum()
             gradients = torch.autograd.grad(loss, told.hidden, allow_unused=True)
             found = [_moment(state, gradient) for state, gradient in zip(told.hidden, gradients, strict=True)]
+            counts = [_tokens(state, mask) for state, mask in zip(told.hidden, told.masks(batch), strict=True)]
             sums = [one + more for one, more in zip(sums, found, strict=True)] if sums else found
-            tokens, first = tokens + _tokens(told, batch), numbers.stop
-    return [_damped(moment / tokens) for moment in sums]
+            tokens = [one + more for one, more in zip(tokens, counts, strict=True)] if tokens else counts
+            first = numbers.stop
+    return [_damped(moment / count) for moment, count in zip(sums, tokens, strict=True)]
 
 
 def _moment(state: Tensor, gradient: Tensor | None) -> Tensor:
@@ -44,14 +47,11 @@ def _moment(state: Tensor, gradient: Tensor | None) -> Tensor:
     return rows.T @ rows
 
 
-def _tokens(told: Told, batch: Batch) -> float:
+def _tokens(state: Tensor, mask: Tensor | None) -> float:
     """How many tokens a batch has, or samples of feature maps."""
-    mask, state = batch.get("attention_mask"), told.hidden[0]
     if state.ndim != 3:
         return len(state)
-    if isinstance(mask, Tensor) and mask.shape == state.shape[:2]:
-        return float(mask.sum())
-    return state.shape[0] * state.shape[1]
+    return state.shape[0] * state.shape[1] if mask is None else float(mask.sum())
 
 
 def _damped(moment: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_lowrank.jobs.digests import digest_of
-from hf_lowrank.model.predictions import Predicted, Readout, divergences, read, unlabelled
+from hf_lowrank.model.predictions import IGNORED, Predicted, Readout, divergences, read, unlabelled
 
 # What a teacher says is kept up to so many bytes, and found again beyond: 5,000 sentences of MiniLM's hidden states.
 KEPT_BYTES = 2**30
@@ -26,16 +27,18 @@ class Told:
     Args:
         predicted: what it predicts.
         hidden: the hidden states after every block [samples, tokens, width]; none where they were not asked for.
+        written: how many of these, the last ones, are of a decoder behind an encoder, which reads other tokens.
     """
 
     predicted: Predicted
     hidden: tuple[Tensor, ...]
+    written: int = 0
 
     @classmethod
     def of(cls, model: PreTrainedModel, outputs: Any, batch: Batch, readout: Readout | None) -> "Told":
         """What is in the outputs of a model for a batch."""
-        states = (state for kind in HIDDEN for state in (getattr(outputs, kind, None) or ())[1:])
-        return cls(read(model, outputs, batch, readout), tuple(states))
+        states = [(getattr(outputs, kind, None) or ())[1:] for kind in HIDDEN]
+        return cls(read(model, outputs, batch, readout), tuple(chain(*states)), len(states[-1]))
 
     @property
     def bytes(self) -> int:
@@ -55,11 +58,17 @@ class Told:
             metrics: G of every block, [width, width] or a number (see `hidden_metrics`).
         """
         errors = []
-        for own, others, metric in zip(self.hidden, other.hidden, metrics, strict=True):
-            error = _unpadded(others, batch).float() - _unpadded(own, batch).float()
+        for own, others, mask, metric in zip(self.hidden, other.hidden, self.masks(batch), metrics, strict=True):
+            error = others.float() - own.float()
+            error = error if mask is None else error * mask[..., None].to(error)
             weighed = error @ metric if metric.ndim else metric * error
             errors.append((weighed * error).flatten(1).sum(1) / 2)
         return torch.stack(errors).mean(0)
+
+    def masks(self, batch: Batch) -> list[Tensor | None]:
+        """Of the hidden states after every block, which tokens are no padding [samples, tokens]; None if all are."""
+        first = len(self.hidden) - self.written
+        return [_mask(state, batch, number >= first) for number, state in enumerate(self.hidden)]
 
 
 class Teacher:
@@ -97,8 +106,8 @@ class Teacher:
         return told
 
 
-def _unpadded(hidden: Tensor, batch: Batch) -> Tensor:
-    """Hidden states [samples, tokens, width] with 0 in the place of padding."""
-    mask: Any = batch.get("attention_mask")
-    same = isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]
-    return hidden * mask[..., None].to(hidden) if same else hidden
+def _mask(state: Tensor, batch: Batch, written: bool) -> Tensor | None:
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if written and isinstance(labels, Tensor) and labels.shape == state.shape[:2]:
+        return labels != IGNORED
+    return mask if isinstance(mask, Tensor) and mask.shape == state.shape[:2] else None

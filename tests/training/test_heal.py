@@ -21,6 +21,7 @@ from transformers import (
 
 import hf_lowrank.training.heal as healing
 from hf_lowrank import CompressionConfig, LowRankError, compress
+from hf_lowrank.model.predictions import IGNORED
 from hf_lowrank.tasks import get_task, load_split, load_validation
 from hf_lowrank.tasks.encoding import encode_chosen
 from hf_lowrank.tasks.texts import given_texts, texts_task
@@ -30,7 +31,7 @@ from hf_lowrank.training.metric import DAMPING, hidden_metrics
 from hf_lowrank.training.running import SameBatches
 from hf_lowrank.training.settings import HealConfig
 from hf_lowrank.training.told import Teacher, Told
-from tests.helpers import bert_config, tiny_gpt2, tiny_llama, tiny_t5
+from tests.helpers import bert_config, tiny_gpt2, tiny_llama, tiny_t5, token_ids
 from tests.launches import Job
 from tests.tiny_task import WORDS, tiny_tokenizer, write_cola
 
@@ -168,6 +169,21 @@ def test_the_loss_of_the_teacher_itself_is_zero_and_grows_with_every_blocks_erro
     for state in padded.hidden:
         state[1, 3:] += 1  # padding of the second text
     assert float(told.hidden_errors(padded, batch, [torch.eye(32)] * 2)[1]) == 0
+
+
+def test_a_decoder_behind_an_encoder_has_tokens_of_its_own() -> None:
+    """Padded otherwise, though texts are as long: of the first pair 3 tokens are read, and 5 are written."""
+    ids, labels = token_ids(0, 2), token_ids(1, 2)
+    mask = torch.ones_like(ids)
+    mask[0, 3:], labels[0, 5:] = 0, IGNORED
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    teacher = Teacher(tiny_t5(), True, None)
+    told = teacher.says(batch)
+    other = replace(told, hidden=tuple(state + 0.1 for state in told.hidden))
+    expected = torch.tensor([(3 + 5) / 2, 7.0]) * 32 * 0.01 / 2
+    found = told.hidden_errors(other, batch, [torch.eye(32)] * 4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert [mask is not None and int(mask.sum()) for mask in told.masks(batch)] == [10, 10, 12, 12]
 
 
 @pytest.mark.parametrize("kind", ["classes", "tokens"])
