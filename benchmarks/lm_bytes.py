@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "60%": {"keep": 0.6},
     "6 MB": {"bytes": "6MB"},
     "5 MB": {"bytes": "5MB"},
+    "4.6 MB": {"bytes": "4.6MB"},
     "4 MB": {"bytes": "4MB"},
 }
 
