@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.lm import SHARES
 from hf_lowrank.folder.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, VERMILLION, new_figure, save_png, styled
 
 PICTURE = Path(__file__).parent / "pictures" / "language_model.png"
@@ -42,9 +43,10 @@ def language_model_figure(rows: list[dict[str, Any]]) -> Figure:
             axes.plot(*zip(*found, strict=True), **look, label=label)
     axes.set_yscale("log")
     axes.invert_xaxis()
+    axes.set_xticks([100 * share for share in SHARES])
     axes.set_xlabel("percent of the blocks' parameters kept")
     axes.set_ylabel("KL to dense, nats")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     return figure
 
 
