@@ -75,7 +75,7 @@ class HealConfig:
     """
 
     samples: int | None = None
-    epochs: float = 1
+    epochs: float = 2
     held_out: int = 256
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     batch_size: int = 32
