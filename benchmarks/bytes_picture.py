@@ -58,7 +58,7 @@ def bytes_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     small = sorted((row["megabytes"], row["score"]) for row in rows if row["model"] == SMALLER)
     if small:
         panels[0].plot(*zip(*small, strict=True), "x--", color=ORANGE, label="half the blocks, distilled")
-        panels[0].legend(loc="lower right")
+        panels[0].legend(loc="best")
     scores = [row["score"] for row in rows]
     panels[0].set_ylim(min(scores) - MARGIN, max(scores) + MARGIN)
     if timed:
