@@ -22,6 +22,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.model.checks import refuse_adapter
 from hf_lowrank.model.weights import model_digest
 from hf_lowrank.tasks import Task, collator, encode, load_split, load_validation
+from hf_lowrank.tasks.data import content_digest
 from hf_lowrank.tasks.encoding import lengths_of
 from hf_lowrank.training.distillation import Distillation
 from hf_lowrank.training.evaluate import evaluate_splits
@@ -64,21 +65,23 @@ def finetune(
         `steps`, `seconds` (of this call) and `settings`, plain JSON values.
 
     Raises:
-        LowRankError: unusable data or settings; checkpoints of other settings; a loss that is not finite; the model has
-            an adapter.
+        LowRankError: unusable data or settings; checkpoints of other settings, data or another teacher; a loss that is
+            not finite; the model has an adapter.
     """
     config = FinetuneConfig(**settings)
     refuse_adapter(model)
     started, dtype, training = time.perf_counter(), model.dtype, model.training
     rows = encode(load_split(task, "train", data_dir), task, tokenizer, model.config)
-    wants_validation = score or config.evaluate_epochs or config.patience is not None
-    validation = load_validation(task, data_dir, tokenizer, model.config) if wants_validation else []
+    watched = config.evaluate_epochs or config.patience is not None
+    validation = load_validation(task, data_dir, tokenizer, model.config) if score or watched else []
     if distillation is not None:
         distillation.check(model)
     described = asdict(config) | ({"distillation": distillation.describe()} if distillation else {})
     with checkpoint_folder(checkpoints) as folder, as_before(model):
         origin = {"model weights": model_digest(model), "task": task.name, "rows": len(rows)}
-        start = last_checkpoint(folder, described | origin, resume)
+        origin |= {"teacher's weights": model_digest(distillation.teacher)} if distillation else {}
+        read = content_digest([rows, *(validation if watched else [])], in_order=True)
+        start = last_checkpoint(folder, described | origin | {"data": read}, resume)
         nn.Module.to(model, torch.float32)  # small steps would be rounded away in half precision
         arguments = _arguments(config, folder, task, checkpoints is not None, checkpoint_steps)
         trainer = _Trainer(model, arguments, rows, tokenizer, task, validation, distillation)

@@ -119,6 +119,36 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         assert same(whole, resumed)
 
 
+@pytest.fixture(scope="module")
+def taught(data: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The options of a run that has left checkpoints."""
+    checkpoints = tmp_path_factory.mktemp("taught")
+    options = FAST | {"epochs": 1, "patience": 1, "score": False, "checkpoints": checkpoints}
+    finetune(classifier(), tokenizer, get_task("cola"), data, distillation=Distillation(classifier()), **options)
+    return options
+
+
+@pytest.mark.parametrize("other", ["text", "order", "validation", "teacher"])
+def test_a_run_does_not_go_on_with_other_data_or_another_teacher(
+    data: Path, tokenizer: Any, taught: dict[str, Any], tmp_path: Path, other: str
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / ("validation.parquet" if other == "validation" else "train.parquet")
+    rows = Dataset.from_parquet(str(path)).to_list()
+    if other == "order":
+        rows.reverse()
+    elif other != "teacher":
+        rows[3]["sentence"] = "w7 w7"
+    Dataset.from_list(rows).to_parquet(path)
+    distillation = Distillation(classifier(low_rank=other == "teacher"))
+    differs = "teacher's weights" if other == "teacher" else "data"
+    with pytest.raises(LowRankError, match=f"holds checkpoints of a run with {differs} '"):
+        finetune(
+            classifier(), tokenizer, get_task("cola"), tmp_path / "data",
+            distillation=distillation, resume=True, **taught,
+        )  # fmt: skip
+
+
 @pytest.mark.slow
 def test_bf16_changes_the_arithmetic_of_training_alone(data: Path, tokenizer: Any) -> None:
     exact, mixed, after = classifier(), classifier(), classifier()
