@@ -1,9 +1,8 @@
 """A Llama of 1.1 billion random weights, compressed by the command from disk to disk under 3 GB → peak memory, time.
 
-Its weights are made on disk, block by block. The private memory that is resident is watched: a process that passes the
-limit is ended at once. Pages of files come on top, which the system drops when it needs room: transformers maps all of
-a checkpoint while it loads. Fewer blocks of the same shape are compressed both ways, for the time against a model that
-is in memory whole.
+Its weights are made on disk, block by block. All memory of the process that is resident is watched, pages of files
+included: one that passes the limit is ended at once. Fewer blocks of the same shape are compressed both ways, for the
+time against a model that is in memory whole.
 """
 
 import json
@@ -53,8 +52,8 @@ def run(options: Options) -> Result:
     ]
     notes = [
         f"hf-lowrank compress --texts by the default, {SAMPLES} samples of {LENGTH} tokens; random weights in bfloat16 "
-        f"({all_blocks['weights'] / GIGABYTE:.2f} GB), computed with in float32. Private: resident without pages of "
-        "files (RssAnon), which the limit is for; resident with them (VmHWM). CPU: all of the process, with imports.",
+        f"({all_blocks['weights'] / GIGABYTE:.2f} GB), computed with in float32. Resident: with pages of files "
+        "(VmHWM), which the limit is for; private: without (RssAnon). CPU: all of the process, with imports.",
         f"Block by block takes {times:.2f} times the CPU time of the whole model.",
     ]
     return Result(
@@ -110,7 +109,7 @@ def watched(words: list[str], threads: int, limit: int, kept: Path) -> dict[str,
     while job.poll() is None:
         looks += 1
         _look(job.pid, seen, earlier.get("seconds", 0.0))
-        if limit and seen["RssAnon"] > limit:
+        if limit and seen["VmHWM"] > limit:
             job.kill()
         if looks % 50 == 0:
             write_json(kept, seen)

@@ -1,11 +1,21 @@
 """MODEL, a folder or a Hub name → the model and tokenizer of a task, with nothing in them made up."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+    set_seed,
+)
 
 from hf_lowrank.compression.memory import skeleton
 from hf_lowrank.errors import LowRankError
@@ -71,7 +81,7 @@ def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedMode
     in_memory = empty is None or has_stacked_experts(empty)
     places = {} if in_memory else {"device_map": blocks_on_disk(empty, device)}  # type: ignore[arg-type]
     try:
-        with quiet(config):
+        with quiet(config), unmapped() if places else nullcontext():
             model, info = task.auto_class.from_pretrained(  # safetensors only: pickled weights are never read
                 name, dtype=dtype, use_safetensors=True, output_loading_info=True, **places
             )
@@ -90,6 +100,23 @@ def load_trained(name: str, task: Task, on_disk: bool = False) -> PreTrainedMode
         _check_flags(model.config, name, task)
     unpack(model)
     return model if places else model.to(device)
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Within the block transformers reads weight files tensor by tensor, and holds none of them mapped.
+
+    It converts those that stay on disk too, and all pages of a file that is mapped until the end count as resident.
+    """
+
+    def opened(file: Any, **options: Any) -> Any:
+        try:
+            return safe_open(file, **options | {"backend": "pread"})
+        except TypeError:  # safetensors before 0.8, which always maps
+            return safe_open(file, **options)
+
+    with patch.object(modeling_utils, "safe_open", opened):
+        yield
 
 
 def load_for_finetuning(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BertForSequenceClassification,
     BertTokenizer,
     ByT5Tokenizer,
     GPT2Tokenizer,
@@ -20,6 +21,7 @@ from hf_lowrank.errors import LowRankError
 from hf_lowrank.folder.loading import load_for_finetuning, load_model, load_trained
 from hf_lowrank.folder.tokenizers import _lacking, load_tokenizer
 from hf_lowrank.jobs.progress import say_once
+from hf_lowrank.model.blocks import is_on_disk
 from hf_lowrank.tasks import get_task
 from tests.helpers import bert_config, tiny_bert, tiny_t5
 from tests.tiny_task import run, tiny_tokenizer, write_cola
@@ -161,3 +163,21 @@ def test_what_is_told_to_convert_pickled_weights_does(bare: Path, tmp_path: Path
 
     eval(told, {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "FOLDER": str(bare)})
     assert load_model(str(bare), get_task("cola"))[0].config.vocab_size == bert_config().vocab_size
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of resident memory")
+def test_blocks_that_stay_on_disk_are_not_held_while_the_rest_is_loaded(tmp_path: Path) -> None:
+    """Their files, being converted, would count as resident whole."""
+    config = bert_config(hidden_size=512, intermediate_size=2048, num_attention_heads=8, num_hidden_layers=4)
+    BertForSequenceClassification(config).bfloat16().save_pretrained(tmp_path)
+    (size,) = (file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    assert is_on_disk(load_trained(str(tmp_path), get_task("cola"), on_disk=True))
+    assert resident("VmHWM") - before < 0.7 * size
+
+
+def resident(name: str) -> int:
+    """Bytes of this process, as the system says."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
