@@ -26,13 +26,14 @@ from hf_lowrank.model.predictions import unlabelled
 from hf_lowrank.model.targets import Target, check_weights, find_targets
 from hf_lowrank.model.weights import is_sharded, unwrapped
 from hf_lowrank.statistics.batches import Batch, Marked, Marks, Split
-from hf_lowrank.statistics.collect import COUNTED, _check_finite, _everywhere, _Part, _Pass, _settled, not_separable
+from hf_lowrank.statistics.collect import settled
 from hf_lowrank.statistics.container import Statistics
 from hf_lowrank.statistics.hooks import Recorder, measuring
 from hf_lowrank.statistics.kept_sums import Kept, KeptSums
 from hf_lowrank.statistics.labels import Labels, Losses, labels_of
 from hf_lowrank.statistics.losses import NotSeparable
 from hf_lowrank.statistics.names import check_kinds, passes
+from hf_lowrank.statistics.one_pass import COUNTED, Part, Pass, check_finite, everywhere, not_separable
 from hf_lowrank.statistics.shared import InputSums
 
 
@@ -76,7 +77,7 @@ def statistics_by_blocks(
     samples = _Samples(model, targets, source, split, kept, [*loader])
     measured: Statistics | None = None
     for number, part in enumerate(plan, 1):
-        if measured is not None and _settled(measured):
+        if measured is not None and settled(measured):
             break
         title = "statistics, block by block" if len(plan) == 1 else f"statistics, block by block, pass {number}"
         run = _ThereAndBack(samples, part, measured, number, device, origin or {}, marks)
@@ -111,10 +112,10 @@ class _Samples:
         known = kept.own(1)
         if known.path("plan").is_file():
             planned.together = known.load("plan")[1]["together"]
-        self.parts: list[_Part] = []
+        self.parts: list[Part] = []
         with shared_errors():
             for batch in batches:
-                parts, size = planned._parts(batch)
+                parts, size = planned.parts(batch)
                 planned.seen += size
                 self.parts += parts
         known.save("plan", ({}, {"together": planned.together}))
@@ -153,21 +154,21 @@ class _Samples:
         return self.source.together if self.together else self.source.alone
 
 
-class _Planned(_Pass):
+class _Planned(Pass):
     """Which samples are run at once, decided as in a pass through a whole model, but block by block."""
 
     def __init__(self, samples: _Samples, split: Split | None) -> None:
         self.owner = samples
         super().__init__(samples.model, False, samples.targets, {}, (), None, split, samples.source)
 
-    def alone(self, batch: Batch) -> Iterator[_Part]:
+    def alone(self, batch: Batch) -> Iterator[Part]:
         """The samples of a batch that have a loss, one by one."""
         if self.split is not None:
-            yield from (_Part(one, [0]) for one in self.split(batch) if self.source.known(self.model, one))
+            yield from (Part(one, [0]) for one in self.split(batch) if self.source.known(self.model, one))
         else:
-            yield from (self._part(batch, [n]) for n in self.source.known(self.model, batch))
+            yield from (self.part(batch, [n]) for n in self.source.known(self.model, batch))
 
-    def _probe(self, parts: list[_Part], losses_of: Losses) -> dict[str, Tensor]:
+    def probe(self, parts: list[Part], losses_of: Losses) -> dict[str, Tensor]:
         rows: dict[str, Tensor] = {}
         still = measuring(self.model, {}, Recorder())
         with tempfile.TemporaryDirectory(prefix="hf_lowrank-") as folder, still:
@@ -176,7 +177,7 @@ class _Planned(_Pass):
             for number in reversed(range(len(steps.chain.blocks) + 1)):
                 layers = self.owner.layers(steps.chain.blocks[number]) if number < len(steps.chain.blocks) else {}
                 devices = dict.fromkeys(layers, self.place)
-                run = _Pass(self.model, False, layers, devices, ["fisher_rows"], None, None, self.source)
+                run = Pass(self.model, False, layers, devices, ["fisher_rows"], None, None, self.source)
                 steps.back(number, run, lambda: None)
                 rows |= run.sums["fisher_rows"]
         return rows
@@ -191,7 +192,7 @@ class _Steps:
 
     model: PreTrainedModel
     chain: Chain
-    parts: Sequence[_Part]
+    parts: Sequence[Part]
     losses_of: Losses
     kept: Store
 
@@ -206,7 +207,7 @@ class _Steps:
             for _ in self.parts:
                 shown()
 
-    def back(self, number: int, run: _Pass, shown: Any, count: Any = None) -> list[dict[str, Tensor]]:
+    def back(self, number: int, run: Pass, shown: Any, count: Any = None) -> list[dict[str, Tensor]]:
         """Run all samples through a block, or the head if there is none of that number, and back.
 
         `run` adds up its layers' statistics, and `count` takes the losses of the head. The active tokens of its layers,
@@ -231,7 +232,7 @@ class _Steps:
         run.recorder.begin_batch(0, None, None)  # so that nothing holds the pass, nor its sums, any more
         return active
 
-    def _back(self, number: int, n: int, run: _Pass) -> Tensor | None:
+    def _back(self, number: int, n: int, run: Pass) -> Tensor | None:
         part, losses = self.parts[n], None
         given = self._given(number, n)
         leaves = {block: tensors_of(output) for block, output in given.items()}
@@ -242,7 +243,7 @@ class _Steps:
         with torch.enable_grad():
             if number == len(self.chain.blocks):
                 losses = self._losses(part, number, given)
-                _check_finite({"the loss": torch.isfinite(losses)}, part.numbers)
+                check_finite({"the loss": torch.isfinite(losses)}, part.numbers)
                 losses.sum().backward()
             else:
                 output = tensors_of(self._run(number, n, given))
@@ -253,7 +254,7 @@ class _Steps:
                     torch.autograd.backward(*zip(*reached, strict=True))  # type: ignore[arg-type]
         run.recorder.end_batch()
         finite = {f"the gradient of {name}": run.finite[name] for name in run.targets if name in run.finite}
-        _check_finite(finite, part.numbers)
+        check_finite(finite, part.numbers)
         for block, tensors in leaves.items():
             grads = {str(place): t.grad for place, t in enumerate(tensors) if t.grad is not None}
             self.kept.save(f"grad-{self.chain.blocks.index(block)}-{n}-by-{number}", (grads, {}))
@@ -264,8 +265,8 @@ class _Steps:
         for path in [*self.kept.folder.glob(f"out-{number}-*"), *self.kept.folder.glob(f"grad-{number}-*")]:
             path.unlink()
 
-    def _losses(self, part: _Part, number: int, given: Mapping[str, Any]) -> Tensor:
-        numbers = [_everywhere(sample) for sample in part.numbers]
+    def _losses(self, part: Part, number: int, given: Mapping[str, Any]) -> Tensor:
+        numbers = [everywhere(sample) for sample in part.numbers]
         try:
             return self.chain.run(lambda: self.losses_of(self.model, part.batch, numbers), number, given)
         except NotSeparable:
@@ -343,7 +344,7 @@ class _ThereAndBack:
                 return
             self.steps.forward(shown.update)
             run = self._pass({})
-            self.steps.back(len(self.chain.blocks), run, shown.update, run._count)
+            self.steps.back(len(self.chain.blocks), run, shown.update, run.count)
             run.seen = self.samples.seen
             self.own.save("head", ({}, {name: getattr(run, name) for name in COUNTED}))
 
@@ -363,10 +364,10 @@ class _ThereAndBack:
         self._keep(number, found)
         self.steps.drop(number)
 
-    def _pass(self, layers: dict[str, Target]) -> _Pass:
+    def _pass(self, layers: dict[str, Target]) -> Pass:
         devices = {n: torch.device(self.device or self.samples.sums_place(target)) for n, target in layers.items()}
         model, source = self.samples.model, self.samples.source
-        return _Pass(model, False, layers, devices, self.kinds, self.given, None, source)
+        return Pass(model, False, layers, devices, self.kinds, self.given, None, source)
 
     def _keep(self, number: int, found: Statistics) -> None:
         first: dict[int, str] = {}

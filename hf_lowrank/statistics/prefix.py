@@ -27,10 +27,10 @@ from hf_lowrank.model.targets import Target, weight_shape
 from hf_lowrank.model.weights import sums_device
 from hf_lowrank.nn.editing_lowrank import replace_by_identity
 from hf_lowrank.statistics.batches import Batch, Marked, Marks
-from hf_lowrank.statistics.collect import _Pass
 from hf_lowrank.statistics.hooks import measuring
 from hf_lowrank.statistics.kinds import add_activation_moment, completed
 from hf_lowrank.statistics.labels import Labels, labels_of
+from hf_lowrank.statistics.one_pass import Pass
 from hf_lowrank.statistics.patches import geometry, patches, reading
 from hf_lowrank.statistics.shared import InputSums
 
@@ -70,7 +70,7 @@ def marked_batches(
         LowRankError: as `compute_statistics`.
     """
     devices = {name: sums_device(target.module) for name, target in targets.items()}
-    run = _Pass(model, False, targets, devices, (), None, None, labels_of(labels))
+    run = Pass(model, False, targets, devices, (), None, None, labels_of(labels))
     run.shared, run.marks = InputSums((), targets, devices), Marks()
     shown_by = bar("active tokens", None, "samples", progress)
     with shown_by as shown, measuring(model, targets, run.recorder), shared_errors():

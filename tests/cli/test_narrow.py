@@ -39,7 +39,7 @@ def test_what_is_saved_is_an_ordinary_model_that_says_the_same(
         assert run(stopped, capfd, *words)[0] == 130
     assert not output.exists()
     with monkeypatch.context() as measured:
-        measured.setattr("hf_lowrank.statistics.collect._Pass.add", None)  # it is not measured again
+        measured.setattr("hf_lowrank.statistics.one_pass.Pass.add", None)  # it is not measured again
         code, printed, error = run(measured, capfd, *words, "--resume", "--evaluate", "--json")
     assert code == 0, error
     facts = json.loads(printed)

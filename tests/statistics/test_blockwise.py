@@ -21,7 +21,7 @@ from hf_lowrank.jobs.interrupts import Stopped
 from hf_lowrank.model.blocks import Chain, NotAChain, block_bytes, blocks_on_disk, find_chain
 from hf_lowrank.statistics.batches import Marks
 from hf_lowrank.statistics.blockwise import statistics_by_blocks
-from hf_lowrank.statistics.collect import _Pass
+from hf_lowrank.statistics.one_pass import Pass
 from tests.compression.test_sequential import batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.launches import Job
@@ -171,10 +171,10 @@ def test_one_block_and_its_sums_are_in_memory_at_a_time(tmp_path: Path, monkeypa
     deep = tiny_llama(num_hidden_layers=6)
     deep.save_pretrained(tmp_path)
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=blocks_on_disk(deep, torch.device("cpu")))
-    one, alive, seen = max(block_bytes(deep).values()), WeakSet[_Pass](), []
-    begin, run = _Pass.__init__, Chain.run
+    one, alive, seen = max(block_bytes(deep).values()), WeakSet[Pass](), []
+    begin, run = Pass.__init__, Chain.run
 
-    def noted(self: _Pass, *args: Any, **kwargs: Any) -> None:
+    def noted(self: Pass, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
         alive.add(self)
 
@@ -184,7 +184,7 @@ def test_one_block_and_its_sums_are_in_memory_at_a_time(tmp_path: Path, monkeypa
         seen.append((weights, sum(total.nbytes for total in sums)))
         return run(self, *args)
 
-    monkeypatch.setattr(_Pass, "__init__", noted)
+    monkeypatch.setattr(Pass, "__init__", noted)
     monkeypatch.setattr(Chain, "run", looked)
     gc.collect()
     gc.disable()

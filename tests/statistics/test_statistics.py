@@ -17,7 +17,7 @@ from hf_lowrank import LowRankError, Statistics, compute_fisher, compute_statist
 from hf_lowrank.jobs import progress
 from hf_lowrank.model.targets import Target, find_targets
 from hf_lowrank.nn.layers_lowrank import dense_weight
-from hf_lowrank.statistics import collect
+from hf_lowrank.statistics import one_pass
 from hf_lowrank.statistics.kinds import add_fisher, add_fisher_rows
 from tests.helpers import (
     VOCABULARY,
@@ -144,9 +144,9 @@ def test_row_form_is_the_same_for_short_and_long_samples() -> None:
 
 def test_known_losses_run_in_batches_and_others_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    original = collect._Pass._can_run_together
+    original = one_pass.Pass._can_run_together
     monkeypatch.setattr(
-        collect._Pass, "_can_run_together", lambda *given: chosen.append(original(*given)) or chosen[-1]
+        one_pass.Pass, "_can_run_together", lambda *given: chosen.append(original(*given)) or chosen[-1]
     )
     compute_fisher(tiny_bert(num_labels=3), [padded_batch(torch.tensor([0, 2, 1, 2]))], progress=False)
     compute_fisher(tiny_llama(), [padded_batch(lengths=(9, 4, 7))], progress=False)
