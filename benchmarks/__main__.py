@@ -31,6 +31,7 @@ from benchmarks import (
     layer,
     lm,
     lm_bytes,
+    lm_ranks,
     loading,
     memory,
     model_speed,
@@ -83,6 +84,7 @@ BENCHMARKS: dict[str, Callable[[Options], Result]] = {
     "mutation": mutation.run,
     "lm": lm.run,
     "lm_bytes": lm_bytes.run,
+    "lm_ranks": lm_ranks.run,
     "gpu": gpu.run,
     "tasks": tasks.run,
     "tokens": tokens.run,
@@ -102,7 +104,7 @@ NEED_MODEL = (
     "shrink",
 )
 # Too long, for few machines, or with packages of their own:
-BY_NAME = ("billion", "blockwise", "engines", "mutation", "lm", "lm_bytes", "tokens", "gpu")
+BY_NAME = ("billion", "blockwise", "engines", "mutation", "lm", "lm_bytes", "lm_ranks", "tokens", "gpu")
 
 DESCRIPTION = """\
 Measure what the library's speed and memory claims rest on. Each benchmark prints a Markdown table and writes a JSON.
@@ -137,6 +139,7 @@ Measure what the library's speed and memory claims rest on. Each benchmark print
   shrink         compressed anew, and cut further without data; needs --model            about 4 minutes for MiniLM
   lm             a small Llama, trained here by lm --train, made smaller in every way       an hour each
   lm_bytes       the same model in 8 and 4 bits, dense and low rank, and within bytes   about 15 minutes
+  lm_ranks       the same model by shares of its ranks, before and after healing        half an hour a seed
   gpu            statistics, factors, layers and decoding at Llama-3-8B's shapes, on one GPU  8 minutes at most
   house          the rooms of the library, and the arrows between them                     seconds
   tasks          a small model of every kind of task, a third of its ranks kept          about 2 minutes
@@ -247,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="mutation: which mutants; bytes, graphs: which samples (default: 0)",
+        help="mutation: which mutants; bytes, graphs, lm_ranks: which samples (default: 0)",
     )
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import lm, lm_train, tokens
+from benchmarks import lm, lm_ranks, lm_train, tokens
 from benchmarks.basis_sharing import basis_sharing
 from benchmarks.harness import Options
 from benchmarks.lm_picture import language_model_figure, points
@@ -114,6 +114,32 @@ def test_methods_are_compared_on_held_out_text_and_read_again(
     made = {path.name for path in (tmp_path / f"measured-{RECIPE.tokens}").iterdir()}
     assert made == {"models.jsonl", "statistics-model-0", "statistics-data-0", "profile-kfac-0.jsonl"}
     assert study.known["svd", 0.4, 0]["divergence"] > study.known["svd", 0.9, 0]["divergence"] > 0
+
+
+@pytest.mark.slow
+def test_ranks_are_compared_before_and_after_healing_by_text_that_is_new(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").symlink_to(text / "text")
+    train(tmp_path, RECIPE, minutes=0, progress=False)
+    monkeypatch.setattr(lm_ranks, "Recipe", lambda: RECIPE)
+    monkeypatch.setattr(lm_ranks, "RATIOS", (0.3,))
+    monkeypatch.setattr(lm_ranks, "LEARNT_FROM", 64)
+    options = Options(cache=tmp_path, seed=1)
+    result = lm_ranks.run(options)
+    assert [(row["factors"], row["seeds"]) for row in result.rows] == [(name, "1") for name in lm_ranks.VARIANTS]
+    before, *_, sequential, healed = rows = result.figures["rows"]
+    assert result.rows[-1]["×"] == f"{healed['divergence'] / before['divergence']:.2f}"
+    assert healed["divergence_after"] <= healed["divergence_before"]
+    assert sequential["seconds"] > 0
+    assert lm_ranks.run(options).figures["rows"] == rows  # read again
+
+    study = lm.Study(tmp_path, RECIPE)
+    measured = {study.tokenizer.decode(ids) for batch in study.calibration(1) for ids in batch["input_ids"]}
+    learnt = lm_ranks._new_text(study, 1)
+    assert learnt.texts is not None
+    assert not measured & {row[0] for row in learnt.texts.rows}
+    assert learnt.max_length == study.length
 
 
 def test_moments_are_of_the_tokens_that_a_treatment_leaves() -> None:
