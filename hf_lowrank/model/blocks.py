@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from hf_lowrank.jobs.checkpoint import Store
+from hf_lowrank.jobs.freed import give_back
 from hf_lowrank.nn.experts_lowrank import is_stacked
 
 # What two runs of a block on the same inputs may differ by, relative to the inputs: rounding.
@@ -94,6 +95,8 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
         for part in parts:
             part._hf_hook.offload = True
             part._hf_hook.post_forward(part, None)
+        if parts:
+            give_back()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.jobs.digests import digest_of
+from hf_lowrank.jobs.freed import give_back
 from hf_lowrank.model.checks import check_model
 from hf_lowrank.nn.layers_lowrank import LowRankLayer, LowRankLinear, dense_weight, layer_class_for
 
@@ -151,7 +152,9 @@ def _parameters(model: nn.Module) -> Iterator[Tensor]:
 def readable(module: nn.Module) -> Iterator[None]:
     """Within the block, offloaded parameters of the module are there, and the factors of a factorized layer."""
     with ExitStack() as stack:
-        for part in _offloaded_parts(module):
+        if parts := _offloaded_parts(module):
+            stack.callback(give_back)  # once they are dropped
+        for part in parts:
             stack.enter_context(align_module_device(part))
         yield
 
