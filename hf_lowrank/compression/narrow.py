@@ -65,7 +65,7 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
     if _as_wide_as_the_config(model) != set(layers):
         raise LowRankError(
             f"a {type(model).__name__} whose MLPs are not all of the config's intermediate_size, such as shared "
-            "experts, cannot be made narrower; factorize it instead"
+            "experts, or a list of sizes, cannot be made narrower; factorize it instead"
         )
     return found
 
@@ -73,7 +73,9 @@ def gated_mlps(model: PreTrainedModel) -> dict[str, Any]:
 def _as_wide_as_the_config(model: PreTrainedModel) -> set[str]:
     """The layers that have another shape where the config has another `intermediate_size`."""
     config = copy.deepcopy(model.config)
-    config.get_text_config().intermediate_size = 1
+    if not isinstance(getattr(text := config.get_text_config(), "intermediate_size", None), int):
+        return set()
+    text.intermediate_size = 1
     shapes = {name: parameter.shape for name, parameter in weightless(type(model), config).named_parameters()}
     changed = [name for name, parameter in model.named_parameters() if parameter.shape != shapes.get(name)]
     return {name.rpartition(".")[0] for name in changed}

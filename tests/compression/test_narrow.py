@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from hf_lowrank import LowRankError, compute_statistics
 from hf_lowrank.compression.narrow import LAYERS, NEEDS, gated_mlps, narrow
@@ -78,6 +84,10 @@ def test_what_cannot_be_narrower_is_refused() -> None:
     config = Qwen2MoeConfig(**sizes, moe_intermediate_size=8, shared_expert_intermediate_size=WIDE)
     with pytest.raises(LowRankError, match="not all of the config's intermediate_size, such as shared experts"):
         gated_mlps(Qwen2MoeForCausalLM(config))
+    sizes |= {"num_hidden_layers": 5, "num_attention_heads": 4, "num_kv_shared_layers": 0, "laurel_rank": 4}
+    own = Gemma3nTextConfig(**sizes, vocab_size_per_layer_input=64, activation_sparsity_pattern=[0.0] * 5)
+    with pytest.raises(LowRankError, match="not all of the config's intermediate_size.* or a list of sizes"):
+        gated_mlps(Gemma3nForCausalLM(own))
     shared = tiny_llama()
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     with pytest.raises(LowRankError, match="a LlamaForCausalLM with MLPs that share weights cannot be made narrower"):
