@@ -97,7 +97,7 @@ def _to_other_onnx(graph: Any, path: Path) -> None:
 
 def tiny_bart() -> BartForConditionalGeneration:
     torch.manual_seed(0)
-    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))}
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 48))}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **layers, **heads)
     return BartForConditionalGeneration(config).eval()
