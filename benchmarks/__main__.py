@@ -168,6 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (given.model is None) != (given.task is None):
         print("--model and --task belong together: the task says which data the model's Fisher is of", file=sys.stderr)
         return 2
+    for option, folder in (("--cache", given.cache), ("--output", given.output)):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            print(f"{option} takes a folder, and {folder} is a file", file=sys.stderr)
+            return 2
     disable_progress_bar()
     torch.set_num_threads(given.threads)
     options = Options(
@@ -250,12 +254,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=0,
-        help="mutation: which mutants; bytes, graphs, lm_ranks: which samples (default: 0)",
+        help="mutation: which mutants; bytes, graphs, lm_bytes, lm_ranks: which samples (default: 0)",
     )
     parser.add_argument("--all", action="store_true", help="coverage: every model type that transformers knows")
     parser.add_argument(
         "--model",
-        help="bytes, calibration, labels, profile, residual, convergence: a real model, a folder or a name on the Hub",
+        help=f"{', '.join(NEED_MODEL)}, convergence, tokens: a real model, a folder or a name on the Hub",
     )
     parser.add_argument(
         "--train",
@@ -267,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache",
         type=Path,
-        help="lm: its text and its model (default: in Hugging Face's cache); blockwise, billion: what is done",
+        help="lm, lm_*, tokens: lm's text and model (default: the Hub's cache); blockwise, billion: what is done",
     )
     parser.add_argument("--json", type=Path, help="gpu: the file that its figures are written into as they come")
     parser.add_argument(
