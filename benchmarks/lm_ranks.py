@@ -101,7 +101,7 @@ def _new_text(study: Study, seed: int) -> Task:
     measured = draw.choice(len(windows), min(SAMPLES, len(windows)), replace=False)  # as `Study.calibration` chooses
     others = np.sort(draw.permutation(np.setdiff1d(np.arange(len(windows)), measured))[:LEARNT_FROM])
     texts = [study.tokenizer.decode(windows[number]["input_ids"], skip_special_tokens=True) for number in others]
-    return replace(texts_task(given_texts(texts), study.model.config), max_length=study.length)
+    return replace(texts_task(given_texts(texts), study.model.config), packed=True, max_length=study.length)
 
 
 def _place(study: Study, ratio: float, seed: int) -> Path:

@@ -139,7 +139,7 @@ def test_ranks_are_compared_before_and_after_healing_by_text_that_is_new(
     learnt = lm_ranks._new_text(study, 1)
     assert learnt.texts is not None
     assert not measured & {row[0] for row in learnt.texts.rows}
-    assert learnt.max_length == study.length
+    assert (learnt.packed, learnt.max_length) == (True, study.length)
 
 
 def test_moments_are_of_the_tokens_that_a_treatment_leaves() -> None:
