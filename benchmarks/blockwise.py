@@ -134,8 +134,8 @@ def load(name: Path, whole: bool) -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **places)
 
 
-def token_batches(vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(0, vocabulary, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
+def token_batches(vocabulary: int, samples: int = SAMPLES, length: int = LENGTH) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(BATCH)]
 
 
