@@ -25,7 +25,7 @@ DEPTH = 4
 CASES = {
     "in the cache, 8 samples of 32 tokens": (False, 8, 32),
     "on the disk, 8 samples of 32 tokens": (True, 8, 32),
-    "on the disk, 16 samples of 256 tokens": (True, 16, 256),
+    "on the disk, 8 samples of 256 tokens": (True, 8, 256),
 }
 
 
