@@ -1,8 +1,10 @@
 """Random Llamas of several depths, compressed block by block from disk to disk → peak memory, and time.
 
 The shallowest is measured freely. The deeper ones run under a limit on the data that a process may have (RLIMIT_DATA:
-all private memory, without the cache of files) that is 5% above what the shallowest took: a regression fails. With a
---cache what is done stays there: a run that was killed goes on, its figures being those of all its parts.
+all private memory, without the cache of files) that is 5% above what the shallowest took: a regression fails. It holds
+until all factors are there: while the output is written, weight files that are mapped several times count as data, but
+take no memory. With a --cache what is done stays there: a run that was killed goes on, its figures being those of all
+its parts.
 """
 
 import argparse
@@ -118,8 +120,10 @@ def job(folder: Path, depth: int, whole: bool) -> dict[str, float]:
         _tell("statistics", peak)
         model, report = compress(model, config, statistics, False, work=kept, batches=marks, labels="model")
         _tell("factors", peak)
+        until = peak.seen["data"]
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
         save_compressed(model, None, report, output, True, torch.bfloat16)
-    return {"weights": weights, "blocks": depth, **peak.seen}
+    return {"weights": weights, "blocks": depth, **peak.seen, "data": until}
 
 
 def _tell(what: str, peak: Peak) -> None:
@@ -175,5 +179,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(given.threads or 1)
     if given.limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (given.limit, given.limit))
+        resource.setrlimit(resource.RLIMIT_DATA, (given.limit, resource.RLIM_INFINITY))
     print(json.dumps(job(given.folder, given.depth, given.whole)))
