@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks.harness import Options, Result, Row
 from benchmarks.memory import MEGABYTE, Peak
 from hf_lowrank import CompressionConfig, compress, compute_statistics
+from hf_lowrank.folder.loading import unmapped
 from hf_lowrank.folder.saving import save_compressed
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.files import write_json
@@ -135,7 +136,8 @@ def load(name: Path, whole: bool) -> Any:
     config = LlamaConfig.from_pretrained(name)
     skeleton = weightless(LlamaForCausalLM._from_config, config)
     places = {} if whole else {"device_map": blocks_on_disk(skeleton, torch.device("cpu"))}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **places)
+    with unmapped():
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **places)
 
 
 def token_batches(vocabulary: int, samples: int = SAMPLES, length: int = LENGTH) -> list[dict[str, torch.Tensor]]:
