@@ -223,7 +223,9 @@ def test_all_tokens_of_a_window_but_the_last_count(text: Path, tmp_path: Path) -
     train(tmp_path, RECIPE, minutes=0, progress=False)
     study = lm.Study(tmp_path, RECIPE)
     expected = marked_batches(study.model, study.targets, study.calibration(1)[:2], "model", progress=False)
-    for marked, own in zip(expected, study.marks(1), strict=False):
+    pairs = list(zip(expected, study.marks(1), strict=False))
+    assert len(pairs) == 2
+    for marked, own in pairs:
         assert marked.active.keys() == own.active.keys()
         assert all(torch.equal(mask.bool(), own.active[name]) for name, mask in marked.active.items())
 
