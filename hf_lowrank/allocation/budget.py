@@ -95,9 +95,9 @@ def check_range(budget: Budget, limit: Limit, least: float, most: float) -> None
     """
     # A share of 1 or the dense size itself is allowed: it asks for nothing.
     if limit.total < least * (1 - 1e-9) or limit.total > most * (1 + 1e-9):
-        low, high = (_readable(budget, limit.shown(total)) for total in (least, most))
+        low, high = (readable(budget, limit.shown(total)) for total in (least, most))
         raise ImpossibleBudget(
-            f"{budget.kind} {_readable(budget, budget.value)} cannot be met: it must be between {low} (the smallest "
+            f"{budget.kind} {readable(budget, budget.value)} cannot be met: it must be between {low} (the smallest "
             f"ranks) and {high} (all layers dense)"
         )
 
@@ -138,5 +138,6 @@ def parse_bytes(text: Any) -> float:
         raise LowRankError(f"{text!r} is no number of bytes such as 12000000, 12MB or 1.5GB") from None
 
 
-def _readable(budget: Budget, value: float) -> str:
+def readable(budget: Budget, value: float) -> str:
+    """A value of a budget as messages show it."""
     return f"{value:,.0f}" if budget.kind in COUNTED else f"{value:.4f}"

@@ -3,7 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from hf_lowrank.allocation.budget import COUNTED, AlreadySmaller, Budget, ImpossibleBudget, Limit, check_range, limit_of
+from hf_lowrank.allocation.budget import (
+    AlreadySmaller,
+    Budget,
+    ImpossibleBudget,
+    Limit,
+    check_range,
+    limit_of,
+    readable,
+)
 from hf_lowrank.allocation.choices import Choices, Ranks, cheapest, dearest, layer_choices
 from hf_lowrank.allocation.costs import Cost, Layer, Shape, flops, in_interpolative_form, parameters, parameters_at
 from hf_lowrank.allocation.rules import ALLOCATIONS, get_allocation
@@ -120,10 +128,10 @@ def _limited(
         at_ratio = {name: parameters_at(shape, ranks[name]) for name, shape in shapes.items()}
         limit = replace(limit, total=sum(min(at_ratio[name], plain[name].costs[-1]) for name in plain))
     if any(layer.rank for layer in layers.values()) and limit.total >= dearest(plain) * (1 - 1e-9):
-        value = f"{budget.value:,.0f}" if budget.kind in COUNTED else f"{budget.value:g}"
+        now = "" if budget.kind == "rank_ratio" else f", to {readable(budget, limit.shown(dearest(plain)))}"
         raise AlreadySmaller(
-            f"{budget.kind} {value} would leave every layer as it is: the model was compressed before, and "
-            "budgets count against the dense model that it was; give less"
+            f"{budget.kind} {readable(budget, budget.value)} would leave every layer as it is: the model was "
+            f"compressed before{now}, and budgets count against the dense model that it was; give less"
         )
     if budget.kind != "rank_ratio":
         check_range(budget, limit, cheapest(plain), dearest(plain))
