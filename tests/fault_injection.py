@@ -50,6 +50,7 @@ class Injection:
             if finished(output):
                 self.compare(output)
                 completed += 1
+                print(f"{len(places)} kills, {completed} runs completed, the same bits", file=sys.stderr, flush=True)
                 shutil.rmtree(output)
         if not finished(output):
             self.start(output, self.next_processes(output)).done()
