@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Mut
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -100,15 +101,14 @@ def _observed(model: PreTrainedModel, targets: Mapping[str, Target], batch: Batc
     entries = outer_blocks(model)
     calls: Counter[str] = Counter()
     blocks: dict[str, None] = {}
-    numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-    kept: list[Tensor] = []  # so that none makes room for another in its place
+    numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of inputs that are still there
+    counted = count()
     readers: dict[Hashable, list[str]] = {}
 
     def reached(target: Target, args: tuple[Any, ...]) -> None:
         x = args[0]
         calls[target.name] += 1
-        kept.append(x)
-        number = numbers.setdefault(x, len(numbers))
+        number = numbers.setdefault(x, next(counted))
         cut = geometry(reading(target.module)) if target.kind == "convolution" else None
         readers.setdefault((_block_of(target.name, entries), number, x._version, cut), []).append(target.name)
 

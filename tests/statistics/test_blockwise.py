@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import pytest
 import torch
@@ -19,9 +19,11 @@ from hf_lowrank import CompressionConfig, Statistics, compress, compute_statisti
 from hf_lowrank.jobs.checkpoint import Work
 from hf_lowrank.jobs.interrupts import Stopped
 from hf_lowrank.model.blocks import Chain, NotAChain, block_bytes, blocks_on_disk, find_chain
-from hf_lowrank.statistics.batches import Marks
+from hf_lowrank.model.targets import find_targets
+from hf_lowrank.statistics.batches import Marked, Marks
 from hf_lowrank.statistics.blockwise import statistics_by_blocks
 from hf_lowrank.statistics.one_pass import Pass
+from hf_lowrank.statistics.prefix import forward_order
 from tests.compression.test_sequential import batches
 from tests.helpers import tiny_albert, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.launches import Job
@@ -195,6 +197,22 @@ def test_one_block_and_its_sums_are_in_memory_at_a_time(tmp_path: Path, monkeypa
     weights, sums = (max(sizes) for sizes in zip(*seen, strict=True))
     assert weights == one
     assert 0 < sums < 1.5 * one
+
+
+def test_the_order_of_layers_is_found_without_keeping_what_they_read() -> None:
+    """But for the inputs of a few."""
+    model = tiny_llama(num_hidden_layers=6)
+    targets, read, alive = find_targets(model), list[ref[torch.Tensor]](), list[int]()
+
+    def reached(module: nn.Module, args: Any) -> None:
+        read.append(ref(args[0]))
+        alive.append(len({id(tensor) for known in read if (tensor := known()) is not None}))
+
+    for target in targets.values():
+        target.module.register_forward_pre_hook(reached)
+    order = forward_order(model, targets, [Marked(batches(model)[0], {})])
+    assert [len(step.names) for step in order.steps] == 6 * [3, 1, 2, 1]
+    assert max(alive) <= 4
 
 
 def test_all_but_the_blocks_is_kept_in_memory() -> None:
